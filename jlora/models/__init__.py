@@ -1,0 +1,1 @@
+"""Models that jlora brings along, and the files they are read from."""
