@@ -3,3 +3,54 @@
 Importing this package loads jax and nothing heavier; `jlora.models`, `jlora.peft` and the other
 modules load on first use of the name.
 """
+
+import importlib
+from typing import Any
+
+from jlora.interpret import adapt
+from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split, summary
+from jlora.tree import combine
+from jlora.usage import find_weights
+
+__all__ = [
+    "LoraArray",
+    "LoraConfig",
+    "adapt",
+    "combine",
+    "find_weights",
+    "init",
+    "labels",
+    "merge_params",
+    "optimizer",
+    "split",
+    "summary",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {"optimizer": "optim"}  # these names import more than jax
+_MODULES = (
+    "chat",
+    "checkpoint",
+    "config",
+    "data",
+    "docstrings",
+    "generate",
+    "models",
+    "optim",
+    "peft",
+    "report",
+    "train",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"jlora.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"jlora.{name}")
+    raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, *_MODULES])

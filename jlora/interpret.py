@@ -1,0 +1,596 @@
+"""Runs a JAX function on parameter trees whose leaves only stand for arrays.
+
+`adapt` traces the function to a jaxpr and evaluates it equation by equation. An equation that
+touches no `ArrayLeaf` runs as it is. One that does goes to the rule of that leaf's class; where
+there is no rule, the exact dense array is built, with a warning, so that a leaf is never skipped.
+Control flow is entered and emitted again through JAX's public functions.
+
+This is the one file that touches jaxprs, and the first that a new JAX release can break. It knows
+nothing of low rank, quantisation or training.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+
+__all__ = [
+    "ArrayLeaf",
+    "Context",
+    "Equation",
+    "adapt",
+    "evaluate",
+    "is_array_leaf",
+    "reshape_groups",
+    "rule",
+]
+
+OnUnsupported = Literal["warn", "error", "allow"]
+
+
+class ArrayLeaf:
+    """A pytree that stands for one array inside a parameter tree.
+
+    A subclass is a frozen dataclass registered as a pytree. It gives `shape`, `dtype` and
+    `materialise`, and registers with `rule` what it can do better than being materialised.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that this leaf stands for."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array that this leaf stands for."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the array that this leaf stands for."""
+        return len(self.shape)
+
+    def materialise(self) -> jax.Array:
+        """The exact dense array."""
+        raise NotImplementedError
+
+    def enter(self, path: str) -> "ArrayLeaf":
+        """The leaf as rules see it, for a leaf found at `path`."""
+        raise NotImplementedError
+
+    def name(self) -> str:
+        """The path that messages call this leaf by."""
+        raise NotImplementedError
+
+    def unstack(self) -> tuple[Any, Callable[[Any], "ArrayLeaf"]] | None:
+        """Cuts the leading axis for a scan: what to scan over, and the leaf of one slice of it.
+
+        None where this leaf cannot be cut along its leading axis.
+        """
+        return None
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(
+            f"A {type(self).__name__} of shape {self.shape} reached a JAX function outside "
+            "jlora.adapt. Wrap the function that uses it, jlora.adapt(fn)(...), and pass the leaf "
+            "as an argument instead of capturing it; or build plain arrays with "
+            "jlora.merge_params."
+        )
+
+
+def is_array_leaf(value: Any) -> bool:
+    """Whether a value is a leaf that stands for an array."""
+    return isinstance(value, ArrayLeaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What rules share while one function is evaluated.
+
+    Attributes:
+      on_unsupported: what to do where a leaf has no rule.
+      key: for dropout, different in each iteration of a scan; None is no dropout.
+      trips: how often the code under evaluation runs, as far as scans say.
+      scope: the enclosing equations, which tell two runs of the same code apart.
+      warned: the (leaf, primitive) pairs already reported.
+    """
+
+    on_unsupported: OnUnsupported
+    key: jax.Array | None
+    trips: int = 1
+    scope: tuple[int, ...] = ()
+    warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+
+    def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
+        """The dense array of a leaf that `primitive` has no rule for, reported as asked."""
+        message = (
+            f"jlora has no low-rank rule for {primitive!r} on {leaf.name()!r} of shape "
+            f"{leaf.shape}: its exact dense array is built there."
+        )
+        if self.on_unsupported == "error":
+            raise NotImplementedError(
+                f"{message} Pass on_unsupported='warn' or 'allow' to accept that, or leave this "
+                "weight out of the targets."
+            )
+        if self.on_unsupported == "warn" and (leaf.name(), primitive) not in self.warned:
+            self.warned.add((leaf.name(), primitive))
+            warnings.warn(
+                f"{message} The result is right; memory and time are those of the dense product. "
+                "on_unsupported='allow' silences this, 'error' refuses it.",
+                stacklevel=2,
+            )
+        return leaf.materialise()
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """One equation of a jaxpr, as rules see it.
+
+    Attributes:
+      name: of the primitive, e.g. `dot_general`.
+      params: of the primitive.
+      out: shape and dtype of the (first) result.
+      context: shared by the whole evaluation.
+      identity: tells this equation from every other one of the evaluation.
+    """
+
+    name: str
+    params: dict[str, Any]
+    out: jax.ShapeDtypeStruct
+    context: Context
+    identity: tuple[int, ...]
+    primitive: Any
+
+    def bind(self, *operands: Any) -> Any:
+        """Runs this equation's primitive, with its parameters, on other operands."""
+        return self.bind_as(self.params, *operands)
+
+    def bind_as(self, params: dict[str, Any], *operands: Any) -> Any:
+        """Runs this equation's primitive with other parameters."""
+        if any(map(is_array_leaf, operands)):
+            return _apply_rule(dataclasses.replace(self, params=params), operands)
+        return self.primitive.bind(*operands, **self.primitive.get_bind_params(params))
+
+
+Rule = Callable[..., Any]
+_RULES: dict[tuple[type, str], Rule] = {}
+
+
+def rule(leaf_type: type[ArrayLeaf], *primitives: str) -> Callable[[Rule], Rule]:
+    """Registers `fn(equation, *operands)` for equations in which a leaf of this class takes part.
+
+    The rule returns the result (an array, a leaf, or a sequence for primitives with several
+    results), or NotImplemented where it cannot do better than the dense array.
+    """
+
+    def register(fn: Rule) -> Rule:
+        for primitive in primitives:
+            _RULES[leaf_type, primitive] = fn
+        return fn
+
+    return register
+
+
+def _apply_rule(equation: Equation, operands: Sequence[Any]) -> Any:
+    for leaf in filter(is_array_leaf, operands):
+        for leaf_type in type(leaf).__mro__:
+            if found := _RULES.get((leaf_type, equation.name)):
+                result = found(equation, *operands)
+                if result is not NotImplemented:
+                    return result
+                break
+    return equation.bind(
+        *(
+            equation.context.materialise(operand, equation.name)
+            if is_array_leaf(operand)
+            else operand
+            for operand in operands
+        )
+    )
+
+
+def adapt(
+    fn: Callable[..., Any],
+    *,
+    dropout_key: jax.Array | None = None,
+    on_unsupported: OnUnsupported = "warn",
+) -> Callable[..., Any]:
+    """Returns `fn` for parameter trees in which some leaves only stand for arrays.
+
+    The result and its gradients are those of `fn` on the dense tree, up to the rounding of the
+    products' order. Where `fn` multiplies or gathers with such a leaf, no array of the weight's
+    size is built, forward or backward; elsewhere the exact dense array is.
+
+    The function is compiled with `jax.jit`, so a Python loop over it traces once; keep the adapted
+    function instead of calling `adapt` again in each iteration. Arguments that are no arrays
+    (flags, strings, functions, Python numbers) reach `fn` as they are and are part of the cache
+    key. It composes with `jit`, `grad`, `vmap`, `scan` and shardings from outside.
+
+    Args:
+      fn: any function of JAX arrays.
+      dropout_key: turns on the dropout that leaves were made with; a fresh key for each step.
+      on_unsupported: where a leaf meets a primitive without a rule: `"warn"` builds the dense
+        array and says so once, `"allow"` is quiet, `"error"` raises NotImplementedError.
+
+    Returns:
+      A function with the signature of `fn`.
+
+    >>> forward = adapt(lambda params, x: x @ params["w"])
+    """
+    if on_unsupported not in ("warn", "error", "allow"):
+        raise ValueError(
+            f"on_unsupported must be 'warn', 'error' or 'allow', got {on_unsupported!r}."
+        )
+    warned: set[tuple[str, str]] = set()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(static: _Static, dynamic: list[Any], key: jax.Array | None) -> Any:
+        context = Context(on_unsupported, key, warned=warned)
+        return _interpret(fn, static, dynamic, context)
+
+    run.__wrapped__.__name__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
+
+    @functools.wraps(fn)
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        out = run(*_separate(args, kwargs), dropout_key)
+        return jax.tree.map(
+            lambda leaf: leaf.value if isinstance(leaf, _Constant) else leaf,
+            out,
+            is_leaf=lambda leaf: isinstance(leaf, _Constant),
+        )
+
+    return adapted
+
+
+def evaluate(fn: Callable[..., Any], args: Sequence[Any], context: Context) -> Any:
+    """Runs `fn(*args)` once by the rules of the leaves in `args`, without compiling it."""
+    static, dynamic = _separate(tuple(args), {})
+    return _interpret(fn, static, dynamic, context)
+
+
+def reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The least groups of axes, old and new, that a reshape maps onto each other.
+
+    >>> list(reshape_groups((2, 6, 5), (2, 3, 2, 5)))
+    [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
+    """
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first_i, first_j = i, j
+        left = right = 1
+        while True:
+            if i < len(old) and (left <= right or j == len(new)):
+                left, i = left * old[i], i + 1
+            elif j < len(new):
+                right, j = right * new[j], j + 1
+            if left == right and i > first_i and j > first_j:
+                break
+            if i == len(old) and j == len(new):
+                break
+        yield tuple(range(first_i, i)), tuple(range(first_j, j))
+
+
+def _separate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["_Static", list[Any]]:
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_array_leaf)
+    dynamic = [leaf if _is_dynamic(leaf) else None for leaf in leaves]
+    static = [None if _is_dynamic(leaf) else leaf for leaf in leaves]
+    return _Static(treedef, tuple(static)), dynamic
+
+
+def _is_dynamic(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | ArrayLeaf | jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """The structure of a call and its arguments that are no arrays, as a cache key."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        # True == 1 == 1.0, but a function may tell them apart.
+        return (
+            isinstance(other, _Static)
+            and self.treedef == other.treedef
+            and len(self.leaves) == len(other.leaves)
+            and all(type(x) is type(y) and x == y for x, y in zip(self.leaves, other.leaves))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.treedef, self.leaves))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    """A result that is no array, on its way through `jit`."""
+
+    value: Any
+
+
+def _interpret(
+    fn: Callable[..., Any], static: _Static, dynamic: list[Any], context: Context
+) -> Any:
+    """Traces `fn` on the arrays that the leaves stand for, then evaluates it on the leaves."""
+    placeholders = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_leaf(leaf) else leaf
+        for leaf in dynamic
+    ]
+    out_tree = None
+
+    def flat_fn(*arrays: Any) -> list[Any]:
+        nonlocal out_tree
+        remaining = iter(arrays)
+        leaves = [
+            constant if value is None else next(remaining)
+            for value, constant in zip(dynamic, static.leaves)
+        ]
+        args, kwargs = jax.tree.unflatten(static.treedef, leaves)
+        out = jax.tree.map(
+            lambda leaf: leaf if _is_output(leaf) else _Constant(leaf), fn(*args, **kwargs)
+        )
+        flat, out_tree = jax.tree.flatten(out)
+        return flat
+
+    closed = jax.make_jaxpr(flat_fn)(*(leaf for leaf in placeholders if leaf is not None))
+    names = _argument_paths(static)
+    operands = [
+        leaf.enter(path) if is_array_leaf(leaf) else leaf
+        for path, leaf in zip(names, dynamic)
+        if leaf is not None
+    ]
+    _report_captured(closed, operands, context)
+    outs = _evaluate(closed, operands, context)
+    outs = [_dense(out, "output", context) for out in outs]
+    return jax.tree.unflatten(out_tree, outs)
+
+
+def _is_output(leaf: Any) -> bool:
+    return _is_dynamic(leaf) or isinstance(leaf, bool | int | float | complex)
+
+
+def _argument_paths(static: _Static) -> list[str]:
+    """The path of each argument leaf inside its own argument."""
+    indices = jax.tree.unflatten(static.treedef, range(static.treedef.num_leaves))
+    flat, _ = jax.tree_util.tree_flatten_with_path(indices)
+    return [tree.path_string(key_path[2:]) for key_path, _ in flat]
+
+
+def _report_captured(closed: Any, operands: Sequence[Any], context: Context) -> None:
+    """Warns about leaves that the function does not read while it captures an array like them."""
+    jaxpr, consts = _open(closed)
+    read = {id(atom) for equation in jaxpr.eqns for atom in equation.invars}
+    read |= {id(atom) for atom in jaxpr.outvars}
+    captured = {(np.shape(const), jnp.result_type(const)) for const in consts}
+    for var, leaf in zip(jaxpr.invars, operands):
+        if not is_array_leaf(leaf) or id(var) in read:
+            continue
+        if (leaf.shape, leaf.dtype) in captured and (leaf.name(), "closure") not in context.warned:
+            context.warned.add((leaf.name(), "closure"))
+            warnings.warn(
+                f"{leaf.name()!r} of shape {leaf.shape} is passed to the function but not read by "
+                "it, while the function captures an array of that shape in a closure: the captured "
+                "weight is used without its adapter. Read the weight from the argument.",
+                stacklevel=2,
+            )
+
+
+def _dense(value: Any, primitive: str, context: Context) -> Any:
+    return context.materialise(value, primitive) if is_array_leaf(value) else value
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """The equations and constants of an open or closed jaxpr, which newer JAX makes one class."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _evaluate(closed: Any, operands: Iterable[Any], context: Context) -> list[Any]:
+    """Runs a jaxpr on operands of which some are leaves; results may be leaves too."""
+    jaxpr, consts = _open(closed)
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts))
+    values.update(zip(jaxpr.invars, operands))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    for eqn in _live_equations(jaxpr):
+        arguments = [read(atom) for atom in eqn.invars]
+        if any(map(is_array_leaf, arguments)):
+            results = _evaluate_with_leaves(eqn, arguments, context)
+        else:
+            results = _run_alone(jaxpr, eqn, arguments)
+        values.update(zip(eqn.outvars, results))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _live_equations(jaxpr: Any) -> list[Any]:
+    """The equations that an output or an effect depends on; the others must not cause warnings."""
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, jex.Literal)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(var in needed for var in eqn.outvars):
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, jex.Literal))
+            live.append(eqn)
+    return live[::-1]
+
+
+def _run_alone(jaxpr: Any, eqn: Any, arguments: Sequence[Any]) -> list[Any]:
+    """Runs one equation that touches no leaf, in its own context and under its own name."""
+    # jaxpr_as_fun keeps the equation's mesh, metadata and name, whatever JAX stores there.
+    inputs = [
+        (atom, value)
+        for atom, value in zip(eqn.invars, arguments)
+        if not isinstance(atom, jex.Literal)
+    ]
+    unique = dict(inputs)
+    alone = jex.Jaxpr(
+        constvars=(),
+        invars=list(unique),
+        outvars=list(eqn.outvars),
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return list(jex.jaxpr_as_fun(_close(alone))(*unique.values()))
+
+
+def _close(jaxpr: Any) -> Any:
+    return jex.ClosedJaxpr(jaxpr, ()) if jex.ClosedJaxpr is not jex.Jaxpr else jaxpr
+
+
+def _evaluate_with_leaves(eqn: Any, arguments: Sequence[Any], context: Context) -> Sequence[Any]:
+    name = eqn.primitive.name
+    if enter := _CONTROL_FLOW.get(name):
+        inside = dataclasses.replace(context, scope=(*context.scope, id(eqn)))
+        with eqn.ctx.manager:
+            return enter(eqn.params, arguments, inside)
+    aval = eqn.outvars[0].aval
+    equation = Equation(
+        name=name,
+        params=eqn.params,
+        out=jax.ShapeDtypeStruct(aval.shape, aval.dtype),
+        context=context,
+        identity=(*context.scope, id(eqn)),
+        primitive=eqn.primitive,
+    )
+    with eqn.ctx.manager:
+        result = _apply_rule(equation, arguments)
+    return result if eqn.primitive.multiple_results else [result]
+
+
+def _enter_jit(params: dict[str, Any], arguments: Sequence[Any], context: Context) -> Sequence[Any]:
+    def inner(*operands: Any) -> list[Any]:
+        return _evaluate(params["jaxpr"], operands, context)
+
+    inner.__name__ = params["name"]
+    placed = [
+        argument
+        if is_array_leaf(argument) or not isinstance(sharding, jax.sharding.Sharding)
+        else jax.lax.with_sharding_constraint(argument, sharding)
+        for argument, sharding in zip(arguments, params["in_shardings"])
+    ]
+    results = jax.jit(inner, compiler_options=dict(params["compiler_options_kvs"]) or None)(*placed)
+    return [
+        result
+        if is_array_leaf(result) or not isinstance(sharding, jax.sharding.Sharding)
+        else jax.lax.with_sharding_constraint(result, sharding)
+        for result, sharding in zip(results, params["out_shardings"])
+    ]
+
+
+def _enter_checkpoint(
+    params: dict[str, Any], arguments: Sequence[Any], context: Context
+) -> Sequence[Any]:
+    def inner(operands: Sequence[Any]) -> list[Any]:
+        return _evaluate(params["jaxpr"], operands, context)
+
+    rematerialised = jax.checkpoint(
+        inner, policy=params["policy"], prevent_cse=params["prevent_cse"]
+    )
+    return rematerialised(list(arguments))
+
+
+def _enter_scan(
+    params: dict[str, Any], arguments: Sequence[Any], context: Context
+) -> Sequence[Any]:
+    consts, carry, xs = _scan_operands(params, arguments)
+    carry = [_dense(value, "scan carry", context) for value in carry]
+    cut = [_unstack(value, context) for value in xs]
+    body_context = dataclasses.replace(context, trips=context.trips * params["length"])
+
+    keys = None if context.key is None else jax.random.split(context.key, params["length"])
+
+    def body(carry: list[Any], scanned: Any) -> tuple[list[Any], list[Any]]:
+        key, parts = scanned
+        slices = [rebuild(part) for (_, rebuild), part in zip(cut, parts)]
+        inner = dataclasses.replace(body_context, key=key)
+        results = _evaluate(params["jaxpr"], [*consts, *carry, *slices], inner)
+        results = [_dense(result, "scan output", context) for result in results]
+        return results[: len(carry)], results[len(carry) :]
+
+    carry, ys = jax.lax.scan(
+        body,
+        carry,
+        (keys, [scanned for scanned, _ in cut]),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+def _scan_operands(
+    params: dict[str, Any], operands: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    if "ft_in" in params:  # jax 0.12
+        consts, carry, xs = params["ft_in"].update(list(operands)).unpack()
+        return list(consts), list(carry), list(xs)
+    first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return list(operands[:first]), list(operands[first:second]), list(operands[second:])
+
+
+def _unstack(value: Any, context: Context) -> tuple[Any, Callable[[Any], Any]]:
+    if is_array_leaf(value):
+        if cut := value.unstack():
+            return cut
+        value = context.materialise(value, "scan")
+    return value, lambda part: part
+
+
+def _enter_while(
+    params: dict[str, Any], arguments: Sequence[Any], context: Context
+) -> Sequence[Any]:
+    first = params["cond_nconsts"]
+    second = first + params["body_nconsts"]
+    cond_consts, body_consts = arguments[:first], arguments[first:second]
+    carry = [_dense(value, "while carry", context) for value in arguments[second:]]
+
+    def cond(state: Any) -> Any:
+        return _evaluate(params["cond_jaxpr"], [*cond_consts, *state[1]], context)[0]
+
+    def body(state: Any) -> Any:
+        key, carry = state
+        key, used = (None, None) if key is None else jax.random.split(key)
+        inner = dataclasses.replace(context, key=used)
+        results = _evaluate(params["body_jaxpr"], [*body_consts, *carry], inner)
+        return key, [_dense(result, "while carry", context) for result in results]
+
+    return jax.lax.while_loop(cond, body, (context.key, carry))[1]
+
+
+def _enter_cond(
+    params: dict[str, Any], arguments: Sequence[Any], context: Context
+) -> Sequence[Any]:
+    index, *operands = arguments
+
+    def make_branch(jaxpr: Any) -> Callable[..., list[Any]]:
+        def branch(*inner: Any) -> list[Any]:
+            results = _evaluate(jaxpr, inner, context)
+            return [_dense(result, "cond output", context) for result in results]
+
+        return branch
+
+    branches = [make_branch(jaxpr) for jaxpr in params["branches"]]
+    return jax.lax.switch(_dense(index, "cond", context), branches, *operands)
+
+
+_CONTROL_FLOW = {
+    "jit": _enter_jit,
+    "pjit": _enter_jit,
+    "remat2": _enter_checkpoint,
+    "checkpoint": _enter_checkpoint,
+    "scan": _enter_scan,
+    "while": _enter_while,
+    "cond": _enter_cond,
+}

@@ -1,0 +1,541 @@
+"""LoRA as a transform of parameter trees (arXiv:2106.09685). Read this module first.
+
+`init` replaces chosen weights of a tree by `LoraArray` leaves, each of which stands for
+`w + scaling * a @ b`. `a` meets the input and starts random, `b` meets the output and starts at
+zero, so a fresh adapter changes nothing. `split` cuts the tree into what trains and what does not,
+`merge_params` gives plain arrays again. What a function does with such a leaf is in `lowrank.py`.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jlora import tree
+from jlora.interpret import ArrayLeaf, is_array_leaf
+from jlora.lowrank import LowRank
+from jlora.tree import Pattern
+from jlora.usage import WeightUse, find_weights
+
+__all__ = [
+    "Axis",
+    "LoraArray",
+    "LoraConfig",
+    "Summary",
+    "init",
+    "labels",
+    "merge_params",
+    "split",
+    "summary",
+]
+
+Axis = Literal["stack", "in", "out"]
+_LOG = logging.getLogger("jlora")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt and how. Frozen, hashable, and JSON in both directions.
+
+    A pattern without `/` or `*` names a path segment exactly, one with them is a glob over the
+    whole path, and `re.compile(...)` is a regex searched in it. Every pattern must match.
+
+    Attributes:
+      rank: of the update; `a` has `rank` columns and `b` as many rows.
+      alpha: the update is scaled by `alpha / rank`.
+      targets: patterns of the weights to adapt. `"all-linear"` is every leaf that is only used in
+        matrix products, which needs `fn` and `args` in `init`.
+      exclude: patterns of weights to leave alone, whatever `targets` says.
+      rank_pattern: from patterns to ranks that replace `rank`; the first match counts.
+      alpha_pattern: from patterns to alphas that replace `alpha`.
+      dropout: the share of the low-rank branch's inputs that is zeroed while `adapt` has a key.
+      rank_stabilized: scale by `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
+      train: patterns of leaves that train whole: norms, heads, biases.
+      axes: from patterns to the role of each axis, `"in"`, `"out"` or `"stack"`, for weights of
+        more than two axes where `init` gets no function to read the roles from, for instance
+        `{"*/q_proj/kernel": ("stack", "in", "out")}`.
+      dtype: of `a` and `b`. In bfloat16 an update of 2e-4 rounds away once |b| passes 0.06.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: Sequence[Pattern] | Pattern = ("all-linear",)
+    exclude: Sequence[Pattern] | Pattern = ()
+    rank_pattern: Mapping[Pattern, int] | Sequence[tuple[Pattern, int]] = ()
+    alpha_pattern: Mapping[Pattern, float] | Sequence[tuple[Pattern, float]] = ()
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    train: Sequence[Pattern] | Pattern = ()
+    axes: Mapping[Pattern, Sequence[Axis]] | Sequence[tuple[Pattern, Sequence[Axis]]] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("targets", "exclude", "train"):
+            object.__setattr__(self, field, _as_patterns(getattr(self, field)))
+        for field in ("rank_pattern", "alpha_pattern", "axes"):
+            object.__setattr__(self, field, _as_pairs(getattr(self, field)))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}.")
+        for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
+            if not alpha > 0:
+                raise ValueError(f"alpha must be above 0, got {alpha!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"dtype must be a floating-point type, got {self.dtype!r}.")
+        for pattern, roles in self.axes:
+            unknown = set(roles) - {"stack", "in", "out"}
+            if unknown or not {"in", "out"} <= set(roles):
+                raise ValueError(
+                    f"axes for {pattern!r} must name each axis 'stack', 'in' or 'out', with at "
+                    f"least one 'in' and one 'out', got {tuple(roles)}."
+                )
+
+    def rank_of(self, path: str) -> int:
+        """The rank of the adapter at `path`."""
+        return _first_match(self.rank_pattern, path, self.rank)
+
+    def scaling_of(self, path: str) -> float:
+        """What the update at `path` is scaled by."""
+        rank = self.rank_of(path)
+        alpha = _first_match(self.alpha_pattern, path, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def to_json(self) -> str:
+        """A JSON object with every field; `from_json` reads it back."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps(fields, default=_regex_to_json, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LoraConfig":
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: for a field that this version does not know.
+        """
+        fields = json.loads(text, object_hook=_regex_from_json)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := set(fields) - known:
+            raise ValueError(
+                f"Unknown LoraConfig fields {sorted(unknown)}; known: {sorted(known)}."
+            )
+        return cls(**fields)
+
+
+def _as_patterns(patterns: Any) -> tuple[Pattern, ...]:
+    return (patterns,) if isinstance(patterns, str | re.Pattern) else tuple(patterns)
+
+
+def _as_pairs(pairs: Any) -> tuple[tuple[Pattern, Any], ...]:
+    items = pairs.items() if isinstance(pairs, Mapping) else pairs
+    return tuple((key, tuple(v) if isinstance(v, list | tuple) else v) for key, v in items)
+
+
+def _first_match(pairs: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
+    return next((value for pattern, value in pairs if tree.matches(pattern, path)), default)
+
+
+def _regex_to_json(value: Any) -> dict[str, Any]:
+    return {"regex": value.pattern, "flags": value.flags}
+
+
+def _regex_from_json(value: dict[str, Any]) -> Any:
+    return re.compile(value["regex"], value["flags"]) if set(value) == {"regex", "flags"} else value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraArray(ArrayLeaf):
+    """A weight with a low-rank update (arXiv:2106.09685); stands for `w + scaling * a @ b`.
+
+    A matrix `[d_in d_out]` has `a` `[d_in rank]` and `b` `[rank d_out]`. In general the axes of `w`
+    that meet the input belong to `a`, those of the result to `b`, and stacked ones (layers of a
+    scan, experts) to both, each in the order in which `w` has them.
+
+    Attributes:
+      w: `Float[*axes]`, frozen; may itself be a leaf that stands for an array.
+      a: `Float[*stack *in rank]`, trained.
+      b: `Float[*stack rank *out]`, trained.
+      scaling: `alpha / rank`, a Python float, static under `jit`.
+      axes: the role of each axis of `w`: `"stack"`, `"in"` or `"out"`.
+      dropout: the share of the update's inputs that is zeroed while `adapt` has a key.
+    """
+
+    w: Any
+    a: Any
+    b: Any
+    scaling: float = dataclasses.field(metadata={"static": True})
+    axes: tuple[Axis, ...] = dataclasses.field(default=("in", "out"), metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return self.w.dtype
+
+    @property
+    def rank(self) -> int:
+        """The rank of the update."""
+        return self.a.shape[-1]
+
+    def name(self) -> str:
+        """What messages call a leaf that is in no tree."""
+        return type(self).__name__
+
+    def enter(self, path: str) -> LowRank:
+        """The leaf with both factors spread over the weight's axes, as rules want it."""
+        b = jnp.moveaxis(self.b, self.axes.count("stack"), -1)  # [*stack *out rank]
+        u, v = self._spread(self.a, "in"), self._spread(b, "out")
+        return LowRank(self.w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
+
+    def _spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
+        """`[*stack *owned rank]` to `[*axes rank]`, with size 1 along the other factor's axes."""
+        order = [axis for role in ("stack", owned) for axis, r in enumerate(self.axes) if r == role]
+        ranked = sorted(range(len(order)), key=order.__getitem__)
+        factor = factor.transpose(*ranked, len(order))
+        sizes = iter(factor.shape)
+        shape = [next(sizes) if role in ("stack", owned) else 1 for role in self.axes]
+        return factor.reshape(*shape, factor.shape[-1])
+
+    def materialise(self) -> jax.Array:
+        """`w + scaling * a @ b`, computed in float32 and rounded once to the dtype of `w`."""
+        return self.enter("").materialise()
+
+    def labels(self) -> "LoraArray":
+        """The same leaf with `lora_a`, `lora_b` and `frozen` in the places of its arrays."""
+        w = jax.tree.map(lambda _: "frozen", self.w)
+        a, b = (None if x is None else s for x, s in ((self.a, "lora_a"), (self.b, "lora_b")))
+        return dataclasses.replace(self, w=w, a=a, b=b)
+
+
+def init(
+    key: jax.Array,
+    params: Any,
+    config: LoraConfig,
+    *,
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+) -> Any:
+    """Replaces the chosen weights of a tree by `LoraArray` leaves with fresh adapters.
+
+    `a` is uniform in `±1 / sqrt(d_in)` (as PEFT draws it), `b` is zero. Each leaf's key is derived
+    from its path, so the same seed gives the same adapters in any order of targets and on any mesh.
+
+    Args:
+      key: a PRNG key.
+      params: a tree of arrays, or of `ShapeDtypeStruct`s, which gives a tree of those.
+      config: what to adapt and how.
+      fn: called as `fn(params, *args)`, abstractly, to see how it uses each weight. Needed for
+        `"all-linear"` and for weights of more than two axes that `config.axes` does not name;
+        without it a matrix is taken as `[d_in, d_out]`.
+      args: further arguments of `fn`; `ShapeDtypeStruct`s will do.
+
+    Returns:
+      The tree with a `LoraArray` in place of each chosen weight.
+
+    Raises:
+      ValueError: if a pattern matches nothing, a target is no weight, or its axes are unknown.
+    """
+    leaves = _leaves_by_path(params)
+    uses = find_weights(fn, params, *args) if fn is not None else None
+    roles = {path: _roles(path, leaves[path], config, uses) for path in
+             _chosen_paths(leaves, config, uses)}  # fmt: skip
+    _check_train(leaves, config, roles)
+
+    def adapt_leaf(path: str, leaf: Any) -> Any:
+        if path not in roles:
+            return leaf
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return _fresh_adapter(leaf_key, path, leaf, roles[path], config)
+
+    adapted = tree.map_with_path(adapt_leaf, params, is_leaf=is_array_leaf)
+    trainable, frozen = _count(adapted, config)
+    _LOG.info(
+        "LoRA on %d weights: %s trainable parameters beside %s frozen ones, %.3f %%.",
+        len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / (trainable + frozen),
+    )  # fmt: skip
+    return adapted
+
+
+def _leaves_by_path(params: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_array_leaf)
+    if not flat:
+        raise ValueError("The parameter tree has no leaves.")
+    return {tree.path_string(key_path): leaf for key_path, leaf in flat}
+
+
+def _chosen_paths(
+    leaves: Mapping[str, Any], config: LoraConfig, uses: Mapping[str, WeightUse] | None
+) -> list[str]:
+    excluded = {
+        path for path in leaves for pattern in config.exclude if tree.matches(pattern, path)
+    }
+    for pattern in config.exclude:
+        if not any(tree.matches(pattern, path) for path in leaves):
+            raise tree.unmatched("exclude", pattern, leaves)
+    chosen = []
+    for pattern in config.targets:
+        if pattern == "all-linear":
+            if uses is None:
+                raise ValueError(
+                    "targets='all-linear' is read off the function that uses the weights: pass "
+                    "fn= and args= to init, or name the weights in targets."
+                )
+            found = [path for path, use in uses.items() if use.kind == "product"]
+        else:
+            found = [path for path in leaves if tree.matches(pattern, path)]
+        weights = [path for path in found if _is_weight(path, leaves[path], config, uses)]
+        if not weights:
+            if found:
+                raise ValueError(_no_weight(pattern, found, leaves, uses))
+            raise tree.unmatched("target", pattern, leaves)
+        chosen += [path for path in weights if path not in excluded]
+    if not chosen:
+        raise ValueError(f"exclude={config.exclude} leaves nothing of targets={config.targets}.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(config, field):
+            if not any(tree.matches(pattern, path) for path in chosen):
+                raise tree.unmatched(field, pattern, chosen)
+    return list(dict.fromkeys(chosen))
+
+
+def _is_weight(
+    path: str, leaf: Any, config: LoraConfig, uses: Mapping[str, WeightUse] | None
+) -> bool:
+    """Whether a leaf that a target matches is a weight, not a bias or a norm beside one."""
+    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    if _first_match(config.axes, path, None):
+        return True
+    if uses is not None:
+        return uses[path].kind in ("product", "embedding")
+    return leaf.ndim >= 2 and path.split("/")[-1] not in ("bias", "scale")
+
+
+def _no_weight(pattern: Pattern, found: Sequence[str], leaves: Mapping[str, Any], uses: Any) -> str:
+    def describe(path: str) -> str:
+        leaf = leaves[path]
+        used = f", used as {uses[path].kind} by {uses[path].primitives}" if uses else ""
+        return f"{path!r} ({getattr(leaf, 'dtype', type(leaf).__name__)}{list(leaf.shape)}{used})"
+
+    return (
+        f"Target {pattern!r} matches only leaves that a low-rank update does not fit: "
+        f"{', '.join(describe(path) for path in found[:6])}. Targets are floating-point weights of "
+        "matrix products and embeddings; put leaves to train whole into train=."
+    )
+
+
+def _roles(
+    path: str, leaf: Any, config: LoraConfig, uses: Mapping[str, WeightUse] | None
+) -> tuple[Axis, ...]:
+    """The role of each axis of a weight: as configured, as used, or `[in, out]` for a matrix."""
+    if isinstance(leaf, LoraArray):
+        raise ValueError(f"{path!r} already has an adapter; merge it before adding another.")
+    roles = _first_match(config.axes, path, None)
+    if roles is None and uses is not None:
+        use = uses[path]
+        roles = tuple(
+            "in" if axis in use.contracted else "out" if axis in use.free else "stack"
+            for axis in range(leaf.ndim)
+        )
+    if roles is None and leaf.ndim == 2:
+        roles = ("in", "out")
+    if roles is None:
+        raise ValueError(
+            f"The axes of {path!r} {list(leaf.shape)} are ambiguous: which meet the input, which "
+            "the output, and which are a stack? Pass fn= and args= to init, so that they are read "
+            f"off its use, or config.axes={{{path!r}: ('stack', 'in', 'out')}} or the like."
+        )
+    if len(roles) != leaf.ndim:
+        raise ValueError(f"config.axes names {len(roles)} axes for {path!r} {list(leaf.shape)}.")
+    return roles
+
+
+def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterable[str]) -> None:
+    for pattern in config.train:
+        matched = [path for path in leaves if tree.matches(pattern, path)]
+        if not matched:
+            raise tree.unmatched("train", pattern, leaves)
+        for path in matched:
+            if path in adapted:
+                raise ValueError(f"{path!r} is both in targets and in train; choose one.")
+            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+                raise ValueError(
+                    f"train names {path!r}, whose dtype {leaves[path].dtype} has no gradient."
+                )
+
+
+def _fresh_adapter(
+    key: jax.Array, path: str, leaf: Any, roles: tuple[Axis, ...], config: LoraConfig
+) -> LoraArray:
+    sizes = {
+        role: tuple(size for size, r in zip(leaf.shape, roles) if r == role)
+        for role in ("stack", "in", "out")
+    }
+    d_in, d_out = math.prod(sizes["in"]), math.prod(sizes["out"])
+    rank = config.rank_of(path)
+    if rank > min(d_in, d_out):
+        raise ValueError(
+            f"rank {rank} is too large for {path!r}, which maps {d_in} inputs to {d_out} outputs. "
+            "Lower rank, give this weight its own in rank_pattern, or exclude it."
+        )
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        bound = 1 / math.sqrt(d_in)
+        a_shape = (*sizes["stack"], *sizes["in"], rank)
+        a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
+        b = jnp.zeros((*sizes["stack"], rank, *sizes["out"]), config.dtype)
+        return a.astype(config.dtype), b
+
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
+    a, b = jax.eval_shape(draw, key) if abstract else draw(key)
+    return LoraArray(
+        leaf, a, b, scaling=config.scaling_of(path), axes=roles, dropout=config.dropout
+    )
+
+
+def labels(params: Any, config: LoraConfig) -> Any:
+    """Names each array `lora_a`, `lora_b`, `full` (trained whole) or `frozen`.
+
+    Args:
+      params: a tree from `init`, or either half of it from `split`.
+      config: the config it was made with.
+
+    Returns:
+      A tree of the same structure with a string in place of each array.
+    """
+
+    def label(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, LoraArray):
+            return leaf.labels()
+        trains = any(tree.matches(pattern, path) for pattern in config.train)
+        return jax.tree.map(lambda _: "full" if trains else "frozen", leaf)
+
+    return tree.map_with_path(label, params, is_leaf=is_array_leaf)
+
+
+def split(params: Any, config: LoraConfig) -> tuple[Any, Any]:
+    """Cuts a tree into what trains and what does not: two trees of one shape, None in the holes.
+
+    Take gradients with respect to the first: then no gradient, moment or update of a frozen weight
+    ever exists. `jlora.combine` joins them.
+
+    Raises:
+      ValueError: if a pattern of `config.train` matches nothing, or nothing would train.
+    """
+    leaves = _leaves_by_path(params)
+    _check_train(leaves, config, [p for p, leaf in leaves.items() if isinstance(leaf, LoraArray)])
+    names = labels(params, config)
+    if all(name == "frozen" for name in jax.tree.leaves(names)):
+        raise ValueError("Nothing in this tree trains: it has no adapters. Call jlora.init first.")
+    trainable = jax.tree.map(lambda name, x: None if name == "frozen" else x, names, params)
+    frozen = jax.tree.map(lambda name, x: x if name == "frozen" else None, names, params)
+    return trainable, frozen
+
+
+def merge_params(params: Any, *, dtype: Any = None) -> Any:
+    """The tree with plain arrays: each adapter's update is added to its weight.
+
+    Pure, so nothing drifts however often it is called: `w + scaling * a @ b` in float32, rounded
+    once.
+
+    Args:
+      params: a tree from `init`, also under `jit`, or a single leaf.
+      dtype: of the merged weights; by default that of each base weight.
+    """
+
+    def merge(leaf: Any) -> Any:
+        if not isinstance(leaf, LoraArray):
+            return leaf
+        if dtype is None:
+            return leaf.materialise()
+        wide = jnp.promote_types(dtype, jnp.float32)
+        base = leaf.w.materialise() if is_array_leaf(leaf.w) else leaf.w
+        return dataclasses.replace(leaf, w=base.astype(wide)).materialise().astype(dtype)
+
+    return jax.tree.map(merge, params, is_leaf=is_array_leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What trains and what does not; `str` gives the table.
+
+    Attributes:
+      rows: one (path, shape, role, trainable parameters) for each adapter and each leaf that trains
+        whole.
+      trainable: parameters that train.
+      frozen: parameters that do not.
+      trainable_bytes: of the former, as stored.
+      frozen_bytes: of the latter, as stored.
+    """
+
+    rows: tuple[tuple[str, tuple[int, ...], str, int], ...]
+    trainable: int
+    frozen: int
+    trainable_bytes: int
+    frozen_bytes: int
+
+    def __str__(self) -> str:
+        cells = [("weight", "shape", "trains", "parameters")]
+        cells += [(path, str(list(shape)), how, f"{n:,}") for path, shape, how, n in self.rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(4)]
+        lines = [
+            "  ".join(
+                [*(cell.ljust(w) for cell, w in zip(row[:3], widths)), row[3].rjust(widths[3])]
+            )
+            for row in cells
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        share = 100 * self.trainable / (self.trainable + self.frozen)
+        total = (
+            f"{self.trainable:,} trainable parameters ({_megabytes(self.trainable_bytes)}), "
+            f"{self.frozen:,} frozen ({_megabytes(self.frozen_bytes)}): {share:.3f} % train."
+        )
+        return "\n".join([*lines, total])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def summary(params: Any, config: LoraConfig) -> Summary:
+    """The table to look at before a run: matched paths, shapes, ranks, parameters and bytes.
+
+    Args:
+      params: a tree from `init`, of arrays or of `ShapeDtypeStruct`s.
+      config: the config it was made with.
+    """
+    rows = []
+    for path, leaf in _leaves_by_path(params).items():
+        if isinstance(leaf, LoraArray):
+            how = f"rank {leaf.rank}, scaling {leaf.scaling:g}"
+            rows.append((path, leaf.shape, how, leaf.a.size + leaf.b.size))
+        elif any(tree.matches(pattern, path) for pattern in config.train):
+            rows.append((path, tuple(leaf.shape), "whole", leaf.size))
+    trainable, frozen = _count(params, config)
+    trainable_bytes, frozen_bytes = _count(params, config, lambda x: x.size * x.dtype.itemsize)
+    return Summary(tuple(rows), trainable, frozen, trainable_bytes, frozen_bytes)
+
+
+def _count(
+    params: Any, config: LoraConfig, measure: Callable[[Any], int] = lambda x: x.size
+) -> tuple[int, int]:
+    """A measure summed over the arrays that train and over those that do not."""
+    names = jax.tree.leaves(labels(params, config))
+    sizes = [measure(x) if hasattr(x, "dtype") else 0 for x in jax.tree.leaves(params)]
+    frozen = sum(size for name, size in zip(names, sizes) if name == "frozen")
+    return sum(sizes) - frozen, frozen

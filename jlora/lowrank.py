@@ -1,0 +1,433 @@
+"""A weight plus a low-rank product, as `adapt` carries it from the parameter tree to its use.
+
+`LowRank` stands for `w + scaling * sum_r u[..., r] * v[..., r]`. Both factors have the axes of `w`
+and a last one for the rank; a factor has size 1 along the axes that the other one owns. So whatever
+moves the axes of `w` moves those of the factors alike, and a product with `w` becomes two small
+ones, whichever axes it contracts.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.interpret import ArrayLeaf, Equation, is_array_leaf, reshape_groups, rule
+
+__all__ = ["LowRank", "contract"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank(ArrayLeaf):
+    """`w + scaling * sum_r u[..., r] * v[..., r]` on its way through a function.
+
+    Attributes:
+      w: `Float[*axes]`, an array or a leaf of its own (quantised).
+      u: `Float[*axes rank]`, with size 1 along axes that only `v` owns.
+      v: `Float[*axes rank]`, with size 1 along axes that only `u` owns.
+      scaling: of the product.
+      dropout: the share of the product's inputs that a dropout key zeroes.
+      path: where the weight stands in its tree.
+    """
+
+    w: Any
+    u: jax.Array
+    v: jax.Array
+    scaling: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `w`."""
+        return tuple(self.w.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of `w`."""
+        return self.w.dtype
+
+    def name(self) -> str:
+        """The weight's path."""
+        return self.path
+
+    def materialise(self) -> jax.Array:
+        """`w` plus the product, computed in float32 (or wider) and rounded once."""
+        base = self.w.materialise() if is_array_leaf(self.w) else self.w
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        axes = tuple(range(self.ndim))
+        update = contract(
+            self.u.astype(wide),
+            (*axes, -1),
+            self.v.astype(wide),
+            (*axes, -1),
+            axes,
+            precision=lax.Precision.HIGHEST,
+        )
+        return (base.astype(wide) + self.scaling * update).astype(self.dtype)
+
+    def unstack(self) -> Any:
+        """Scans over the axis that the factors share or own; the other factor stays as it is."""
+        if is_array_leaf(self.w):
+            cut = self.w.unstack()
+            if cut is None:
+                return None
+            scanned_w, rebuild_w = cut
+        else:
+            scanned_w, rebuild_w = self.w, lambda part: part
+        length = self.shape[0]
+        scanned = [f if f.shape[0] == length else None for f in (self.u, self.v)]
+
+        def rebuild(parts: Any) -> "LowRank":
+            part_w, *factors = parts
+            u, v = (
+                whole[0] if part is None else part for part, whole in zip(factors, (self.u, self.v))
+            )
+            return dataclasses.replace(self, w=rebuild_w(part_w), u=u, v=v)
+
+        return (scanned_w, *scanned), rebuild
+
+
+def contract(
+    x: jax.Array,
+    x_axes: Sequence[Any],
+    y: jax.Array,
+    y_axes: Sequence[Any],
+    out_axes: Sequence[Any],
+    **dot_options: Any,
+) -> jax.Array:
+    """A two-operand einsum over named axes in which size 1 stands for an axis not there.
+
+    One `dot_general`, and a transpose only where neither order of the operands gives `out_axes`.
+    An axis of `out_axes` that both operands lack has size 1 in the result.
+    """
+    x, x_axes = _drop_singletons(x, x_axes)
+    y, y_axes = _drop_singletons(y, y_axes)
+    x, x_axes = _sum_alone(x, x_axes, (*y_axes, *out_axes))
+    y, y_axes = _sum_alone(y, y_axes, (*x_axes, *out_axes))
+    wanted = [axis for axis in out_axes if axis in x_axes or axis in y_axes]
+    batch = [axis for axis in wanted if axis in x_axes and axis in y_axes]
+    summed = [axis for axis in x_axes if axis in y_axes and axis not in wanted]
+
+    def order_of_result(first: list[Any], second: list[Any]) -> list[Any]:
+        return [*batch, *(a for a in (*first, *second) if a in wanted and a not in batch)]
+
+    if order_of_result(x_axes, y_axes) != wanted == order_of_result(y_axes, x_axes):
+        x, x_axes, y, y_axes = y, y_axes, x, x_axes
+    x_sides, y_sides = (
+        tuple(tuple(axes.index(axis) for axis in group) for group in (summed, batch))
+        for axes in (x_axes, y_axes)
+    )
+    product = lax.dot_general(x, y, tuple(zip(x_sides, y_sides)), **dot_options)
+    got = order_of_result(x_axes, y_axes)
+    if got != wanted:
+        product = product.transpose([got.index(axis) for axis in wanted])
+    if len(wanted) < len(out_axes):
+        product = lax.expand_dims(
+            product, [place for place, axis in enumerate(out_axes) if axis not in wanted]
+        )
+    return product
+
+
+def _drop_singletons(x: jax.Array, axes: Sequence[Any]) -> tuple[jax.Array, list[Any]]:
+    single = [place for place, size in enumerate(x.shape) if size == 1]
+    kept = [axis for place, axis in enumerate(axes) if place not in single]
+    return lax.squeeze(x, single) if single else x, kept
+
+
+def _sum_alone(
+    x: jax.Array, axes: Sequence[Any], elsewhere: Sequence[Any]
+) -> tuple[jax.Array, list[Any]]:
+    alone = [place for place, axis in enumerate(axes) if axis not in elsewhere]
+    kept = [axis for axis in axes if axis in elsewhere]
+    return x.sum(alone) if alone else x, kept
+
+
+def _product(
+    x: jax.Array,
+    x_axes: Sequence[Any],
+    leaf: LowRank,
+    leaf_axes: Sequence[Any],
+    out_axes: Sequence[Any],
+    out: jax.ShapeDtypeStruct,
+    precision: Any = None,
+) -> jax.Array:
+    """`scaling * (x . u) . v` for any contraction of `x` with the weight."""
+    rank = "rank"
+    factors = [(f.astype(leaf.dtype), [*leaf_axes, rank]) for f in (leaf.u, leaf.v)]
+    sizes = dict(zip(leaf_axes, leaf.shape)) | dict(zip(x_axes, x.shape))
+    sizes[rank] = leaf.u.shape[-1]
+
+    def axes_between(first: Any, second: Any) -> list[Any]:
+        present = [*x_axes, *(axis for axis in _owned(*first) if axis not in x_axes)]
+        later = {rank, *out_axes, *_owned(*second)}
+        return [axis for axis in present if axis in later and axis != rank] + [rank]
+
+    first, second = min(
+        (factors, factors[::-1]),
+        key=lambda order: math.prod(sizes[axis] for axis in axes_between(*order)),
+    )
+    between = axes_between(first, second)
+    hidden = contract(x, x_axes, *first, between, precision=precision)
+    update = contract(
+        leaf.scaling * hidden,
+        between,
+        *second,
+        out_axes,
+        precision=precision,
+        preferred_element_type=out.dtype,
+    )
+    return jnp.broadcast_to(update, out.shape).astype(out.dtype)
+
+
+def _owned(factor: jax.Array, axes: Sequence[Any]) -> list[Any]:
+    return [axis for axis, size in zip(axes, factor.shape) if size > 1]
+
+
+@rule(LowRank, "dot_general")
+def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
+    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    context = equation.context
+    if isinstance(left, LowRank):
+        leaf, x = left, right
+        leaf_dims, x_dims = (left_summed, left_batch), (right_summed, right_batch)
+    else:
+        leaf, x = right, left
+        leaf_dims, x_dims = (right_summed, right_batch), (left_summed, left_batch)
+    if is_array_leaf(x):
+        x = context.materialise(x, equation.name)
+    if not leaf_dims[0]:
+        return NotImplemented  # an outer product is as large as anything dense
+    leaf_axes: list[Any] = [("w", axis) for axis in range(leaf.ndim)]
+    x_axes: list[Any] = [("x", axis) for axis in range(x.ndim)]
+    for x_group, leaf_group in zip(x_dims, leaf_dims):
+        for x_axis, leaf_axis in zip(x_group, leaf_group):
+            x_axes[x_axis] = leaf_axes[leaf_axis]
+    batch = [leaf_axes[axis] for axis in leaf_dims[1]]
+    leaf_free = [axis for axis in leaf_axes if axis not in x_axes]
+    x_free = [axis for axis in x_axes if axis not in leaf_axes]
+    free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
+    base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
+    update = _product(
+        _drop_out(x, leaf, context.key),
+        x_axes,
+        leaf,
+        leaf_axes,
+        [*batch, *free],
+        equation.out,
+        equation.params["precision"],
+    )
+    return base + update
+
+
+def _drop_out(x: jax.Array, leaf: LowRank, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share of the product's inputs and scales up the rest, as PEFT does."""
+    if key is None or leaf.dropout == 0:
+        return x
+    key = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
+    kept = jax.random.bernoulli(key, 1 - leaf.dropout, x.shape)
+    return jnp.where(kept, x / (1 - leaf.dropout), 0).astype(x.dtype)
+
+
+@rule(LowRank, "gather")
+def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
+    """Rows of the weight (an embedding, one layer of a stack) from rows of its factors."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    indexed = numbers.start_index_map
+    if (
+        not isinstance(leaf, LowRank)
+        or is_array_leaf(indices)
+        or numbers.operand_batching_dims
+        or tuple(sorted(indexed)) != tuple(numbers.collapsed_slice_dims)
+        or any(sizes[axis] != leaf.shape[axis] for axis in range(leaf.ndim) if axis not in indexed)
+    ):
+        return NotImplemented
+    kept = [axis for axis in range(leaf.ndim) if axis not in indexed]
+    num_batch = indices.ndim - 1
+    offsets = iter(kept)
+    batch = iter(range(num_batch))
+    out_axes = [
+        ("w", next(offsets)) if place in numbers.offset_dims else ("index", next(batch))
+        for place in range(len(equation.out.shape))
+    ]
+    factors = [
+        _gather_rows(equation, factor, indices, [a for a in indexed if factor.shape[a] > 1])
+        for factor in (leaf.u, leaf.v)
+    ]
+    base = equation.bind(leaf.w, indices)
+    factor_axes = [*(("index", i) for i in range(num_batch)), *(("w", a) for a in kept), "rank"]
+    u, v = (factor.astype(leaf.dtype) for factor in factors)
+    update = contract(
+        leaf.scaling * u, factor_axes, v, factor_axes, out_axes,
+        preferred_element_type=equation.out.dtype,
+    )  # fmt: skip
+    return base + jnp.broadcast_to(update, equation.out.shape).astype(equation.out.dtype)
+
+
+def _gather_rows(
+    equation: Equation, factor: jax.Array, indices: jax.Array, axes: Sequence[int]
+) -> jax.Array:
+    """Indexes the axes that a factor owns: `[*indices, *other axes, rank]`, size 1 if none."""
+    numbers = equation.params["dimension_numbers"]
+    num_batch = indices.ndim - 1
+    if not axes:
+        squeezed = lax.squeeze(factor, numbers.start_index_map)
+        return lax.expand_dims(squeezed, range(num_batch))
+    dropped = [axis for axis in numbers.start_index_map if axis not in axes]
+    factor = lax.squeeze(factor, dropped)
+    places = tuple(axis - sum(other < axis for other in dropped) for axis in axes)
+    columns = jnp.asarray([numbers.start_index_map.index(axis) for axis in axes])
+    return lax.gather(
+        factor,
+        indices if not dropped else indices[..., columns],
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(num_batch, num_batch + factor.ndim - len(places))),
+            collapsed_slice_dims=tuple(sorted(places)),
+            start_index_map=places,
+        ),
+        tuple(1 if axis in places else size for axis, size in enumerate(factor.shape)),
+        mode=equation.params["mode"],
+        fill_value=equation.params["fill_value"],
+    )
+
+
+@rule(LowRank, "convert_element_type")
+def _convert_element_type(equation: Equation, leaf: LowRank) -> Any:
+    if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+        return NotImplemented
+    # The factors are rounded to the weight's dtype where they are used, once.
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w))
+
+
+@rule(LowRank, "copy", "copy_p", "stop_gradient", "pvary")
+def _pass_through(equation: Equation, leaf: LowRank) -> Any:
+    w, u, v = (equation.bind(part) for part in (leaf.w, leaf.u, leaf.v))
+    return dataclasses.replace(leaf, w=w, u=u, v=v)
+
+
+@rule(LowRank, "neg")
+def _neg(equation: Equation, leaf: LowRank) -> Any:
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=equation.bind(leaf.u))
+
+
+@rule(LowRank, "optimization_barrier")
+def _optimization_barrier(equation: Equation, *operands: Any) -> Any:
+    # One barrier over every part, so that all of them still wait for each other.
+    flat, treedef = jax.tree.flatten(list(operands))
+    return jax.tree.unflatten(treedef, equation.bind(*flat))
+
+
+@rule(LowRank, "mul", "div")
+def _scale(equation: Equation, left: Any, right: Any) -> Any:
+    leaf, factor = (left, right) if isinstance(left, LowRank) else (right, left)
+    if is_array_leaf(factor) or jnp.ndim(factor) or (equation.name == "div" and leaf is right):
+        return NotImplemented
+    w = equation.bind(*((leaf.w, right) if leaf is left else (left, leaf.w)))
+    factor = jnp.asarray(factor, leaf.u.dtype)
+    u = leaf.u / factor if equation.name == "div" else leaf.u * factor
+    return dataclasses.replace(leaf, w=w, u=u)
+
+
+@rule(LowRank, "transpose")
+def _transpose(equation: Equation, leaf: LowRank) -> Any:
+    permutation = (*equation.params["permutation"], leaf.ndim)
+    u, v = leaf.u.transpose(permutation), leaf.v.transpose(permutation)
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+
+
+@rule(LowRank, "squeeze")
+def _squeeze(equation: Equation, leaf: LowRank) -> Any:
+    u, v = (lax.squeeze(factor, equation.params["dimensions"]) for factor in (leaf.u, leaf.v))
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+
+
+@rule(LowRank, "reshape")
+def _reshape(equation: Equation, leaf: LowRank) -> Any:
+    new_sizes = equation.params["new_sizes"]
+    if equation.params["dimensions"] is not None:
+        return NotImplemented
+    shapes = []
+    for factor in (leaf.u, leaf.v):
+        shape = _reshaped_factor(factor.shape[:-1], leaf.shape, new_sizes)
+        if shape is None:
+            return NotImplemented
+        shapes.append((*shape, factor.shape[-1]))
+    u, v = (factor.reshape(shape) for factor, shape in zip((leaf.u, leaf.v), shapes))
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+
+
+def _reshaped_factor(
+    factor: Sequence[int], old: Sequence[int], new: Sequence[int]
+) -> list[int] | None:
+    """A factor's shape after a reshape of its weight; None where it owns half of a merged axis."""
+    shape = [1] * len(new)
+    for old_axes, new_axes in reshape_groups(old, new):
+        owned = [factor[axis] > 1 for axis in old_axes if old[axis] > 1]
+        if any(owned) and not all(owned):
+            return None
+        if any(owned):
+            for axis in new_axes:
+                shape[axis] = new[axis]
+    return shape
+
+
+@rule(LowRank, "slice")
+def _slice(equation: Equation, leaf: LowRank) -> Any:
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * leaf.ndim
+
+    def cut(factor: jax.Array) -> jax.Array:
+        places = (
+            slice(start, limit, stride) if size > 1 else slice(None)
+            for size, start, limit, stride in zip(factor.shape, starts, limits, strides)
+        )
+        return factor[tuple(places)]
+
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=cut(leaf.u), v=cut(leaf.v))
+
+
+@rule(LowRank, "dynamic_slice")
+def _dynamic_slice(equation: Equation, leaf: Any, *starts: Any) -> Any:
+    if not isinstance(leaf, LowRank):
+        return NotImplemented
+
+    def cut(factor: jax.Array) -> jax.Array:
+        for axis, (start, size) in enumerate(zip(starts, equation.params["slice_sizes"])):
+            if factor.shape[axis] > 1:
+                factor = lax.dynamic_slice_in_dim(factor, start, size, axis)
+        return factor
+
+    w = equation.bind(leaf.w, *starts)
+    return dataclasses.replace(leaf, w=w, u=cut(leaf.u), v=cut(leaf.v))
+
+
+@rule(LowRank, "broadcast_in_dim")
+def _broadcast_in_dim(equation: Equation, leaf: Any, *sizes: Any) -> Any:
+    if not isinstance(leaf, LowRank) or sizes:
+        return NotImplemented
+    shape, places = equation.params["shape"], equation.params["broadcast_dimensions"]
+    placed = dict(zip(places, range(leaf.ndim)))
+
+    def spread(factor: jax.Array, *, fill: bool) -> jax.Array:
+        target = [factor.shape[placed[axis]] if axis in placed else 1 for axis in range(len(shape))]
+        if fill:
+            # One factor holds the copies along an axis that the weight is repeated over.
+            for axis, size in enumerate(shape):
+                repeated = axis not in placed or leaf.shape[placed[axis]] == 1
+                target[axis] = size if repeated else target[axis]
+        rank = len(shape)
+        return lax.broadcast_in_dim(factor, (*target, factor.shape[-1]), (*places, rank))
+
+    u, v = spread(leaf.u, fill=False), spread(leaf.v, fill=True)
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+
+
+@rule(LowRank, "sharding_constraint")
+def _sharding_constraint(equation: Equation, leaf: LowRank) -> Any:
+    # The factors are small: they stay where they are, and the compiler moves what it must.
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w))

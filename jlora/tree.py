@@ -1,0 +1,128 @@
+"""Leaf paths of any parameter tree, patterns over them, and joining two trees.
+
+A path reads `layers/self_attn/q_proj/kernel` whatever the tree was built with: Flax Linen
+(`['params']` dropped), NNX and partitioned Linen (`.value` dropped), Haiku, Equinox (`.layers[0]`),
+dataclasses, lists and plain dicts.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+__all__ = [
+    "Pattern",
+    "combine",
+    "leaf_paths",
+    "map_with_path",
+    "matches",
+    "path_string",
+    "unmatched",
+]
+
+Pattern = str | re.Pattern[str]
+
+_WRAPPERS = frozenset({"params", "value", "raw_value"})
+
+
+def path_string(key_path: Sequence[Any]) -> str:
+    """Joins a key path of `jax.tree_util` to a string such as `layers/0/attn/kernel`.
+
+    A leading `params` and the attributes that only wrap an array (`.value`, `.raw_value`) are left
+    out, so that one model gives the same paths in every library.
+    """
+    segments = []
+    for position, key in enumerate(key_path):
+        segment = _segment(key)
+        wraps = isinstance(key, jax.tree_util.GetAttrKey | jax.tree_util.FlattenedIndexKey)
+        if segment == "params" and position == 0:
+            continue
+        if wraps and position == len(key_path) - 1 and (segment in _WRAPPERS or segment == "0"):
+            continue
+        segments.append(segment)
+    return "/".join(segments)
+
+
+def _segment(key: Any) -> str:
+    match key:
+        case jax.tree_util.DictKey(key=name) | jax.tree_util.GetAttrKey(name=name):
+            return str(name)
+        case jax.tree_util.SequenceKey(idx=index):
+            return str(index)
+        case jax.tree_util.FlattenedIndexKey(key=index):
+            return str(index)
+    return str(key)
+
+
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """The path of every leaf, in the order of `jax.tree.leaves`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return [path_string(key_path) for key_path, _ in flat]
+
+
+def map_with_path(
+    fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """`jax.tree.map` whose function also gets the leaf's path: `fn(path, leaf, *others)`."""
+
+    def call(key_path: Sequence[Any], leaf: Any, *others: Any) -> Any:
+        return fn(path_string(key_path), leaf, *others)
+
+    return jax.tree_util.tree_map_with_path(call, tree, *rest, is_leaf=is_leaf)
+
+
+def matches(pattern: Pattern, path: str) -> bool:
+    """Whether a pattern names a path.
+
+    Args:
+      pattern: a compiled regex is searched in the path; a string with `/` or `*` is a glob over the
+        whole path (`*` also spans `/`); any other string names one segment exactly.
+      path: as `leaf_paths` gives it.
+    """
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(path) is not None
+    if "/" in pattern or "*" in pattern:
+        return fnmatch.fnmatchcase(path, pattern)
+    return pattern in path.split("/")
+
+
+def unmatched(what: str, pattern: Pattern, paths: Iterable[str]) -> ValueError:
+    """The error for a pattern that names none of `paths`, with the paths nearest to it."""
+    shown = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    paths = sorted(set(paths))
+    near = _nearest(shown, paths)
+    listed = ", ".join(repr(path) for path in near) if near else "none: the tree has no leaves"
+    return ValueError(
+        f"No leaf matches {what} {shown!r}. Paths near it: {listed}. A pattern without '/' or '*' "
+        "names one path segment exactly, one with them is a glob over the whole path, and "
+        "re.compile(...) is a regex searched in the path."
+    )
+
+
+def _nearest(shown: str, paths: list[str], count: int = 6) -> list[str]:
+    wanted = shown.strip("*/").split("/")[-1].strip("*") or shown
+
+    def closeness(path: str) -> float:
+        segments = [*path.split("/"), path]
+        return max(difflib.SequenceMatcher(None, wanted, segment).ratio() for segment in segments)
+
+    return sorted(paths, key=lambda path: (-closeness(path), path))[:count]
+
+
+def combine(*trees: Any) -> Any:
+    """Joins trees of one structure that have `None` in each other's holes.
+
+    Raises:
+      ValueError: if two trees hold the same leaf, or their structures differ.
+    """
+
+    def pick(path: str, *leaves: Any) -> Any:
+        present = [leaf for leaf in leaves if leaf is not None]
+        if len(present) > 1:
+            raise ValueError(f"Both trees hold a leaf at {path!r}; combine joins disjoint trees.")
+        return present[0] if present else None
+
+    return map_with_path(pick, *trees, is_leaf=lambda leaf: leaf is None)

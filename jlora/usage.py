@@ -1,0 +1,315 @@
+"""How a function uses each array of its parameters, read off its jaxpr.
+
+A weight's role is not its number of dimensions: `[12, 512, 512]` is a stack of matrices under
+`scan`, a convolution elsewhere, and `[12, 512]` a stack of biases. `find_weights` runs the function
+abstractly on probes that remember which of a weight's axes they still show, and writes down what
+each product contracts. It needs no rule per model and, on `ShapeDtypeStruct`s, no memory.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jlora import tree
+from jlora.interpret import (
+    ArrayLeaf,
+    Context,
+    Equation,
+    evaluate,
+    is_array_leaf,
+    reshape_groups,
+    rule,
+)
+
+__all__ = ["Kind", "WeightUse", "find_weights"]
+
+Kind = Literal["product", "embedding", "elementwise", "unused"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightUse:
+    """How a function uses one array.
+
+    Attributes:
+      path: of the array in its tree.
+      shape: of the array.
+      kind: `embedding` where rows are gathered, `product` where every use is a matrix product,
+        `elementwise` for any other use, `unused` where nothing reads it.
+      contracted: the axes that meet the input: summed in a product, indexed in an embedding.
+      free: the axes that remain in the product's result.
+      stacked: the axes that a scan, a slice or a batched product runs over.
+      multiply_adds: of the products with it, in one call.
+      primitives: the names of the operations that read it, in order of use.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    kind: Kind
+    contracted: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
+    multiply_adds: int = 0
+    primitives: tuple[str, ...] = ()
+
+
+def find_weights(fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, WeightUse]:
+    """Reads off how `fn(params, *args)` uses each array of `params`.
+
+    Args:
+      fn: a function of a parameter tree and further arguments.
+      params: arrays or `ShapeDtypeStruct`s; nothing is computed with them.
+      args: arrays or `ShapeDtypeStruct`s, and whatever else `fn` takes.
+
+    Returns:
+      From the path of each array, in the tree's order, to its use.
+
+    >>> params = {"w": jnp.ones((3, 4))}
+    >>> find_weights(lambda p, x: x @ p["w"], params, jnp.ones((2, 3)))["w"].contracted
+    (0,)
+    """
+    uses: dict[Any, _Use] = {}
+    sink = _Sink(uses)
+    params = jax.tree.map(_as_shape, params, is_leaf=is_array_leaf)
+    arrays, rebuild = _arrays_of((params, *args))
+
+    def run(arrays: list[Any]) -> list[jax.Array]:
+        filled, *rest = rebuild(arrays)
+        probes = jax.tree.map(lambda leaf: _probe(leaf, sink), filled)
+        out = evaluate(fn, (probes, *rest), _Recorder("allow", None, uses=uses))
+        return [leaf for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.Array)]
+
+    jax.eval_shape(run, arrays)
+    by_path: dict[str, list[_Use]] = {}
+    for use in uses.values():
+        by_path.setdefault(use.path, []).append(use)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = {tree.path_string(key_path): leaf for key_path, leaf in flat if _is_array(leaf)}
+    return {
+        path: _summarise(path, tuple(leaf.shape), by_path.get(path, []))
+        for path, leaf in paths.items()
+    }
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _as_shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf
+
+
+def _arrays_of(values: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays among the leaves, as shapes, and how to put others in their place."""
+    leaves, treedef = jax.tree.flatten(values)
+
+    def rebuild(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if _is_array(leaf) else leaf for leaf in leaves]
+        return jax.tree.unflatten(treedef, filled)
+
+    return [_as_shape(leaf) for leaf in leaves if _is_array(leaf)], rebuild
+
+
+def _probe(leaf: Any, sink: "_Sink") -> Any:
+    if not _is_array(leaf):
+        return leaf
+    return _Probe(leaf, "", tuple((axis,) for axis in range(leaf.ndim)), sink)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    path: str
+    primitive: str
+    kind: Kind
+    contracted: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()
+    multiply_adds: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sink:
+    """Where probes write; compared by identity, so that it can be part of a tree's structure."""
+
+    uses: dict[Any, _Use]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recorder(Context):
+    """A context that writes down the uses for which probes have no rule."""
+
+    uses: dict[Any, _Use] = dataclasses.field(default_factory=dict)
+
+    def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
+        self.uses[leaf.name(), self.scope, primitive] = _Use(leaf.name(), primitive, "elementwise")
+        return leaf.materialise()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Probe(ArrayLeaf):
+    """A weight that remembers which of its own axes each axis that it shows came from."""
+
+    array: jax.Array
+    path: str = dataclasses.field(metadata={"static": True})
+    axes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+    sink: _Sink = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def materialise(self) -> jax.Array:
+        return self.array
+
+    def enter(self, path: str) -> "_Probe":
+        return dataclasses.replace(self, path=path)
+
+    def name(self) -> str:
+        return self.path
+
+    def unstack(self) -> Any:
+        return self.array, lambda part: dataclasses.replace(self, array=part, axes=self.axes[1:])
+
+    def original(self, axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted({origin for axis in axes for origin in self.axes[axis]}))
+
+    def record(
+        self,
+        equation: Equation,
+        kind: Kind,
+        contracted: Sequence[int],
+        free: Sequence[int],
+        multiply_adds: int,
+    ) -> None:
+        contracted = self.original(contracted)
+        free = tuple(axis for axis in self.original(free) if axis not in contracted)
+        self.sink.uses[self.path, equation.identity] = _Use(
+            self.path, equation.name, kind, contracted, free, multiply_adds * equation.context.trips
+        )
+
+
+def _summarise(path: str, shape: tuple[int, ...], uses: Sequence[_Use]) -> WeightUse:
+    if not uses:
+        return WeightUse(path, shape, "unused")
+    kinds = [use.kind for use in uses]
+    kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
+    if kind == "product" and "elementwise" in kinds:
+        kind = "elementwise"
+    shown = next((use for use in uses if use.kind == kind and use.kind != "elementwise"), uses[0])
+    stacked = tuple(
+        axis for axis in range(len(shape)) if axis not in (*shown.contracted, *shown.free)
+    )
+    return WeightUse(
+        path,
+        shape,
+        kind,
+        shown.contracted,
+        shown.free,
+        stacked if shown.kind != "elementwise" else (),
+        sum(use.multiply_adds for use in uses),
+        tuple(dict.fromkeys(use.primitive for use in uses)),
+    )
+
+
+@rule(_Probe, "dot_general")
+def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
+    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    sides = ((left, left_summed, left_batch), (right, right_summed, right_batch))
+    for operand, summed, batch in sides:
+        if isinstance(operand, _Probe):
+            free = [a for a in range(operand.ndim) if a not in summed and a not in batch]
+            contracted_size = math.prod(operand.shape[axis] for axis in summed)
+            multiply_adds = math.prod(equation.out.shape) * contracted_size
+            operand.record(equation, "product", summed, free, multiply_adds)
+    return equation.bind(*(x.array if isinstance(x, _Probe) else x for x in (left, right)))
+
+
+@rule(_Probe, "gather")
+def _gather(equation: Equation, probe: Any, indices: Any) -> Any:
+    if not isinstance(probe, _Probe) or isinstance(indices, _Probe):
+        return NotImplemented
+    indexed = equation.params["dimension_numbers"].start_index_map
+    free = [axis for axis in range(probe.ndim) if axis not in indexed]
+    probe.record(equation, "embedding", indexed, free, 0)
+    return equation.bind(probe.array, indices)
+
+
+@rule(_Probe, "convert_element_type")
+def _convert_element_type(equation: Equation, probe: _Probe) -> Any:
+    array = equation.bind(probe.array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return NotImplemented
+    return dataclasses.replace(probe, array=array)
+
+
+@rule(
+    _Probe, "copy", "copy_p", "stop_gradient", "pvary", "neg", "sharding_constraint", "slice"
+)  # fmt: skip
+def _keeps_axes(equation: Equation, probe: _Probe) -> Any:
+    return dataclasses.replace(probe, array=equation.bind(probe.array))
+
+
+@rule(_Probe, "dynamic_slice")
+def _dynamic_slice(equation: Equation, probe: Any, *starts: Any) -> Any:
+    if not isinstance(probe, _Probe):
+        return NotImplemented
+    return dataclasses.replace(probe, array=equation.bind(probe.array, *starts))
+
+
+@rule(_Probe, "optimization_barrier")
+def _optimization_barrier(equation: Equation, *operands: Any) -> Any:
+    flat, treedef = jax.tree.flatten(list(operands))
+    return jax.tree.unflatten(treedef, equation.bind(*flat))
+
+
+@rule(_Probe, "mul", "div")
+def _scale(equation: Equation, left: Any, right: Any) -> Any:
+    probe, factor = (left, right) if isinstance(left, _Probe) else (right, left)
+    if isinstance(factor, _Probe) or jnp.ndim(factor):
+        return NotImplemented
+    array = equation.bind(*(x.array if x is probe else x for x in (left, right)))
+    return dataclasses.replace(probe, array=array)
+
+
+@rule(_Probe, "transpose")
+def _transpose(equation: Equation, probe: _Probe) -> Any:
+    axes = tuple(probe.axes[axis] for axis in equation.params["permutation"])
+    return dataclasses.replace(probe, array=equation.bind(probe.array), axes=axes)
+
+
+@rule(_Probe, "squeeze")
+def _squeeze(equation: Equation, probe: _Probe) -> Any:
+    gone = equation.params["dimensions"]
+    axes = tuple(origin for axis, origin in enumerate(probe.axes) if axis not in gone)
+    return dataclasses.replace(probe, array=equation.bind(probe.array), axes=axes)
+
+
+@rule(_Probe, "reshape")
+def _reshape(equation: Equation, probe: _Probe) -> Any:
+    array = equation.bind(probe.array)
+    axes: list[tuple[int, ...]] = [()] * array.ndim
+    for old_axes, new_axes in reshape_groups(probe.shape, array.shape):
+        origins = tuple(
+            origin for axis in old_axes if probe.shape[axis] > 1 for origin in probe.axes[axis]
+        )
+        for axis in new_axes:
+            axes[axis] = origins
+    return dataclasses.replace(probe, array=array, axes=tuple(axes))
+
+
+@rule(_Probe, "broadcast_in_dim")
+def _broadcast_in_dim(equation: Equation, probe: Any, *sizes: Any) -> Any:
+    if not isinstance(probe, _Probe) or sizes:
+        return NotImplemented
+    array = equation.bind(probe.array)
+    places = dict(zip(equation.params["broadcast_dimensions"], probe.axes))
+    axes = tuple(places.get(axis, ()) for axis in range(array.ndim))
+    return dataclasses.replace(probe, array=array, axes=axes)
