@@ -8,7 +8,8 @@ import importlib
 from typing import Any
 
 from jlora.interpret import adapt
-from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split, summary
+from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split
+from jlora.summary import summary
 from jlora.tree import combine
 from jlora.usage import find_weights
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.interpret import ArrayLeaf, is_array_leaf
+from jlora.leaf import ArrayLeaf, is_array_leaf
 from jlora.lowrank import LowRank
 from jlora.tree import Pattern
 from jlora.usage import WeightUse, find_weights
@@ -28,12 +28,12 @@ __all__ = [
     "Axis",
     "LoraArray",
     "LoraConfig",
-    "Summary",
+    "count_parameters",
     "init",
     "labels",
+    "leaves_by_path",
     "merge_params",
     "split",
-    "summary",
 ]
 
 Axis = Literal["stack", "in", "out"]
@@ -250,7 +250,7 @@ def init(
     Raises:
       ValueError: if a pattern matches nothing, a target is no weight, or its axes are unknown.
     """
-    leaves = _leaves_by_path(params)
+    leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None
     roles = {path: _roles(path, leaves[path], config, uses) for path in
              _chosen_paths(leaves, config, uses)}  # fmt: skip
@@ -263,7 +263,7 @@ def init(
         return _fresh_adapter(leaf_key, path, leaf, roles[path], config)
 
     adapted = tree.map_with_path(adapt_leaf, params, is_leaf=is_array_leaf)
-    trainable, frozen = _count(adapted, config)
+    trainable, frozen = count_parameters(adapted, config)
     _LOG.info(
         "LoRA on %d weights: %s trainable parameters beside %s frozen ones, %.3f %%.",
         len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / (trainable + frozen),
@@ -271,7 +271,8 @@ def init(
     return adapted
 
 
-def _leaves_by_path(params: Any) -> dict[str, Any]:
+def leaves_by_path(params: Any) -> dict[str, Any]:
+    """Every leaf of a tree by its path; an adapted or quantised weight is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_array_leaf)
     if not flat:
         raise ValueError("The parameter tree has no leaves.")
@@ -437,7 +438,7 @@ def split(params: Any, config: LoraConfig) -> tuple[Any, Any]:
     Raises:
       ValueError: if a pattern of `config.train` matches nothing, or nothing would train.
     """
-    leaves = _leaves_by_path(params)
+    leaves = leaves_by_path(params)
     _check_train(leaves, config, [p for p, leaf in leaves.items() if isinstance(leaf, LoraArray)])
     names = labels(params, config)
     if all(name == "frozen" for name in jax.tree.leaves(names)):
@@ -470,68 +471,7 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     return jax.tree.map(merge, params, is_leaf=is_array_leaf)
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What trains and what does not; `str` gives the table.
-
-    Attributes:
-      rows: one (path, shape, role, trainable parameters) for each adapter and each leaf that trains
-        whole.
-      trainable: parameters that train.
-      frozen: parameters that do not.
-      trainable_bytes: of the former, as stored.
-      frozen_bytes: of the latter, as stored.
-    """
-
-    rows: tuple[tuple[str, tuple[int, ...], str, int], ...]
-    trainable: int
-    frozen: int
-    trainable_bytes: int
-    frozen_bytes: int
-
-    def __str__(self) -> str:
-        cells = [("weight", "shape", "trains", "parameters")]
-        cells += [(path, str(list(shape)), how, f"{n:,}") for path, shape, how, n in self.rows]
-        widths = [max(len(row[column]) for row in cells) for column in range(4)]
-        lines = [
-            "  ".join(
-                [*(cell.ljust(w) for cell, w in zip(row[:3], widths)), row[3].rjust(widths[3])]
-            )
-            for row in cells
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        share = 100 * self.trainable / (self.trainable + self.frozen)
-        total = (
-            f"{self.trainable:,} trainable parameters ({_megabytes(self.trainable_bytes)}), "
-            f"{self.frozen:,} frozen ({_megabytes(self.frozen_bytes)}): {share:.3f} % train."
-        )
-        return "\n".join([*lines, total])
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def summary(params: Any, config: LoraConfig) -> Summary:
-    """The table to look at before a run: matched paths, shapes, ranks, parameters and bytes.
-
-    Args:
-      params: a tree from `init`, of arrays or of `ShapeDtypeStruct`s.
-      config: the config it was made with.
-    """
-    rows = []
-    for path, leaf in _leaves_by_path(params).items():
-        if isinstance(leaf, LoraArray):
-            how = f"rank {leaf.rank}, scaling {leaf.scaling:g}"
-            rows.append((path, leaf.shape, how, leaf.a.size + leaf.b.size))
-        elif any(tree.matches(pattern, path) for pattern in config.train):
-            rows.append((path, tuple(leaf.shape), "whole", leaf.size))
-    trainable, frozen = _count(params, config)
-    trainable_bytes, frozen_bytes = _count(params, config, lambda x: x.size * x.dtype.itemsize)
-    return Summary(tuple(rows), trainable, frozen, trainable_bytes, frozen_bytes)
-
-
-def _count(
+def count_parameters(
     params: Any, config: LoraConfig, measure: Callable[[Any], int] = lambda x: x.size
 ) -> tuple[int, int]:
     """A measure summed over the arrays that train and over those that do not."""

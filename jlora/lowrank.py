@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.interpret import ArrayLeaf, Equation, is_array_leaf, reshape_groups, rule
+from jlora.leaf import ArrayLeaf, Equation, is_array_leaf, reshape_groups, rule
 
 __all__ = ["LowRank", "contract"]
 

@@ -15,15 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora import tree
-from jlora.interpret import (
-    ArrayLeaf,
-    Context,
-    Equation,
-    evaluate,
-    is_array_leaf,
-    reshape_groups,
-    rule,
-)
+from jlora.interpret import evaluate
+from jlora.leaf import ArrayLeaf, Context, Equation, is_array_leaf, reshape_groups, rule
 
 __all__ = ["Kind", "WeightUse", "find_weights"]
 

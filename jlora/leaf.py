@@ -1,0 +1,211 @@
+"""Leaves that stand for arrays, and what a rule sees of the equation that one takes part in.
+
+`interpret.py` evaluates functions on such leaves; the modules below it define leaf classes and
+their rules. A leaf without a rule for a primitive becomes its exact dense array there.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+
+__all__ = [
+    "ArrayLeaf",
+    "Context",
+    "Equation",
+    "OnUnsupported",
+    "apply_rule",
+    "is_array_leaf",
+    "reshape_groups",
+    "rule",
+]
+
+OnUnsupported = Literal["warn", "error", "allow"]
+
+
+class ArrayLeaf:
+    """A pytree that stands for one array inside a parameter tree.
+
+    A subclass is a frozen dataclass registered as a pytree. It gives `shape`, `dtype` and
+    `materialise`, and registers with `rule` what it can do better than being materialised.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that this leaf stands for."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array that this leaf stands for."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the array that this leaf stands for."""
+        return len(self.shape)
+
+    def materialise(self) -> jax.Array:
+        """The exact dense array."""
+        raise NotImplementedError
+
+    def enter(self, path: str) -> "ArrayLeaf":
+        """The leaf as rules see it, for a leaf found at `path`."""
+        raise NotImplementedError
+
+    def name(self) -> str:
+        """The path that messages call this leaf by."""
+        raise NotImplementedError
+
+    def unstack(self) -> tuple[Any, Callable[[Any], "ArrayLeaf"]] | None:
+        """Cuts the leading axis for a scan: what to scan over, and the leaf of one slice of it.
+
+        None where this leaf cannot be cut along its leading axis.
+        """
+        return None
+
+    def __jax_array__(self) -> jax.Array:
+        raise TypeError(
+            f"A {type(self).__name__} of shape {self.shape} reached a JAX function outside "
+            "jlora.adapt. Wrap the function that uses it, jlora.adapt(fn)(...), and pass the leaf "
+            "as an argument instead of capturing it; or build plain arrays with "
+            "jlora.merge_params."
+        )
+
+
+def is_array_leaf(value: Any) -> bool:
+    """Whether a value is a leaf that stands for an array."""
+    return isinstance(value, ArrayLeaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What rules share while one function is evaluated.
+
+    Attributes:
+      on_unsupported: what to do where a leaf has no rule.
+      key: for dropout, different in each iteration of a scan; None is no dropout.
+      trips: how often the code under evaluation runs, as far as scans say.
+      scope: the enclosing equations, which tell two runs of the same code apart.
+      warned: the (leaf, primitive) pairs already reported.
+    """
+
+    on_unsupported: OnUnsupported
+    key: jax.Array | None
+    trips: int = 1
+    scope: tuple[int, ...] = ()
+    warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+
+    def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
+        """The dense array of a leaf that `primitive` has no rule for, reported as asked."""
+        message = (
+            f"jlora has no low-rank rule for {primitive!r} on {leaf.name()!r} of shape "
+            f"{leaf.shape}: its exact dense array is built there."
+        )
+        if self.on_unsupported == "error":
+            raise NotImplementedError(
+                f"{message} Pass on_unsupported='warn' or 'allow' to accept that, or leave this "
+                "weight out of the targets."
+            )
+        if self.on_unsupported == "warn" and (leaf.name(), primitive) not in self.warned:
+            self.warned.add((leaf.name(), primitive))
+            warnings.warn(
+                f"{message} The result is right; memory and time are those of the dense product. "
+                "on_unsupported='allow' silences this, 'error' refuses it.",
+                stacklevel=2,
+            )
+        return leaf.materialise()
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """One equation of a jaxpr, as rules see it.
+
+    Attributes:
+      name: of the primitive, e.g. `dot_general`.
+      params: of the primitive.
+      out: shape and dtype of the (first) result.
+      context: shared by the whole evaluation.
+      identity: tells this equation from every other one of the evaluation.
+    """
+
+    name: str
+    params: dict[str, Any]
+    out: jax.ShapeDtypeStruct
+    context: Context
+    identity: tuple[int, ...]
+    primitive: Any
+
+    def bind(self, *operands: Any) -> Any:
+        """Runs this equation's primitive, with its parameters, on other operands."""
+        return self.bind_as(self.params, *operands)
+
+    def bind_as(self, params: dict[str, Any], *operands: Any) -> Any:
+        """Runs this equation's primitive with other parameters."""
+        if any(map(is_array_leaf, operands)):
+            return apply_rule(dataclasses.replace(self, params=params), operands)
+        return self.primitive.bind(*operands, **self.primitive.get_bind_params(params))
+
+
+Rule = Callable[..., Any]
+_RULES: dict[tuple[type, str], Rule] = {}
+
+
+def rule(leaf_type: type[ArrayLeaf], *primitives: str) -> Callable[[Rule], Rule]:
+    """Registers `fn(equation, *operands)` for equations in which a leaf of this class takes part.
+
+    The rule returns the result (an array, a leaf, or a sequence for primitives with several
+    results), or NotImplemented where it cannot do better than the dense array.
+    """
+
+    def register(fn: Rule) -> Rule:
+        for primitive in primitives:
+            _RULES[leaf_type, primitive] = fn
+        return fn
+
+    return register
+
+
+def apply_rule(equation: Equation, operands: Sequence[Any]) -> Any:
+    """Runs an equation by the rule of its first leaf that has one, or on the dense arrays."""
+    for leaf in filter(is_array_leaf, operands):
+        for leaf_type in type(leaf).__mro__:
+            if found := _RULES.get((leaf_type, equation.name)):
+                result = found(equation, *operands)
+                if result is not NotImplemented:
+                    return result
+                break
+    return equation.bind(
+        *(
+            equation.context.materialise(operand, equation.name)
+            if is_array_leaf(operand)
+            else operand
+            for operand in operands
+        )
+    )
+
+
+def reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The least groups of axes, old and new, that a reshape maps onto each other.
+
+    >>> list(reshape_groups((2, 6, 5), (2, 3, 2, 5)))
+    [((0,), (0,)), ((1,), (1, 2)), ((2,), (3,))]
+    """
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first_i, first_j = i, j
+        left = right = 1
+        while True:
+            if i < len(old) and (left <= right or j == len(new)):
+                left, i = left * old[i], i + 1
+            elif j < len(new):
+                right, j = right * new[j], j + 1
+            if left == right and i > first_i and j > first_j:
+                break
+            if i == len(old) and j == len(new):
+                break
+        yield tuple(range(first_i, i)), tuple(range(first_j, j))

@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+
+
+@pytest.fixture
+def setup():
+    config = jlora.LoraConfig(rank=2, targets=("w",), train=("bias",))
+    params = {"w": jnp.ones((6, 4)), "bias": jnp.zeros(4), "norm": jnp.ones(4)}
+    return jlora.init(jax.random.key(0), params, config), config
+
+
+def ones_like(tree):
+    return jax.tree.map(jnp.ones_like, tree)
+
+
+def test_frozen_leaves_never_move_and_have_no_moments(setup):
+    params, config = setup
+    tx = jlora.optimizer(optax.adamw(0.1), config)
+    state = tx.init(params)
+    updates, state = tx.update(ones_like(params), state, params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(moved["w"].w, params["w"].w)
+    np.testing.assert_array_equal(moved["norm"], params["norm"])
+    assert np.all(moved["w"].a != params["w"].a)
+    assert np.all(moved["bias"] != params["bias"])
+    moments = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    assert moments == 2 * (6 * 2 + 2 * 4 + 4)
+
+
+def test_the_trainable_tree_alone_gives_the_same_updates(setup):
+    params, config = setup
+    tx = jlora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)), config)
+    trainable, _ = jlora.split(params, config)
+    whole, _ = tx.update(ones_like(params), tx.init(params), params)
+    cut, _ = tx.update(ones_like(trainable), tx.init(trainable), trainable)
+    np.testing.assert_array_equal(whole["w"].b, cut["w"].b)
+    assert cut["norm"] is None
+
+
+def test_a_global_norm_clip_sees_everything_that_trains(setup):
+    params, config = setup
+    tx = jlora.optimizer(optax.clip_by_global_norm(1.0), config)
+    trainable, _ = jlora.split(params, config)
+    updates, _ = tx.update(ones_like(trainable), tx.init(trainable), trainable)
+    np.testing.assert_allclose(optax.global_norm(updates), 1.0, rtol=1e-6)
+
+
+def test_each_label_can_have_its_own_transformation(setup):
+    params, config = setup
+    trainable, _ = jlora.split(params, config)
+    tx = jlora.optimizer(
+        {"lora_a": optax.sgd(1.0), "lora_b": optax.sgd(10.0), "full": optax.sgd(0.0)}, config
+    )
+    updates, _ = tx.update(ones_like(trainable), tx.init(trainable), trainable)
+    assert np.all(updates["w"].a == -1)
+    assert np.all(updates["w"].b == -10)
+    assert np.all(updates["bias"] == 0)
+
+
+def test_labels_that_are_unknown_or_have_no_transformation_are_refused(setup):
+    params, config = setup
+    with pytest.raises(ValueError, match="lora_c"):
+        jlora.optimizer({"lora_c": optax.sgd(1.0)}, config)
+    with pytest.raises(ValueError, match=r"\['full', 'lora_b'\]"):
+        jlora.optimizer({"lora_a": optax.sgd(1.0)}, config).init(params)

@@ -1,0 +1,124 @@
+"""The picture of DESIGN.md: who imports whom, and what `import jlora` costs."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
+
+# The order of dependency and of reading. A module imports only from modules above it.
+ORDER = [
+    "tree",
+    "leaf",
+    "interpret",
+    "usage",
+    "lowrank",
+    "quant",
+    "lora",
+    "summary",
+    "variants",
+    "optim",
+    "sharding",
+    "models.decoder",
+    "models.hf",
+    "models.gguf",
+    "models.hub",
+    "models",
+    "peft",
+    "checkpoint",
+    "chat",
+    "packing",
+    "data",
+    "docstrings",
+    "train",
+    "generate",
+    "bench",
+    "plan",
+    "config",
+    "report",
+    "run",
+    "cli",
+]
+
+# Outside packages that have one home each, and where that is.
+HOMES = {
+    "flax": {"models.decoder", "models"},
+    "optax": {"optim", "train"},
+    "orbax": {"checkpoint"},
+    "safetensors": {"models.hf", "peft"},
+    "tokenizers": {"chat"},
+    "jinja2": {"chat"},
+    "gguf": {"models.gguf"},
+    "huggingface_hub": {"models.hub"},
+    "yaml": {"config"},
+    "pydantic": {"config"},
+    "matplotlib": {"report"},
+    "rich": {"report", "run", "cli"},
+}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(path):
+    """Full names of all that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            base = node.module or ""
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path):
+    for name in imports_of(path):
+        if name.startswith("jlora."):
+            name = name.removeprefix("jlora.")
+            if name in MODULES:
+                yield name
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_a_module_imports_only_from_modules_above_it(name):
+    assert name in ORDER, f"{name} has no place in the order of modules"
+    for other in own_imports(MODULES[name]):
+        if other != name and not name.startswith(f"{other}."):
+            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_an_outside_package_has_one_home(package):
+    users = {
+        name
+        for name, path in MODULES.items()
+        if any(i.split(".")[0] == package for i in imports_of(path))
+    }
+    assert users <= HOMES[package]
+
+
+def test_models_know_nothing_of_lora():
+    for name in MODULES:
+        if name.startswith("models."):
+            assert all(other.startswith("models") for other in own_imports(MODULES[name]))
+
+
+@pytest.mark.parametrize("path", MODULES.values(), ids=list(MODULES))
+def test_a_file_is_one_idea(path):
+    assert len(path.read_text().splitlines()) <= 520
+
+
+def test_importing_jlora_loads_nothing_heavier_than_jax():
+    heavy = ["flax", "optax", "orbax", "transformers", "torch", "matplotlib", "tokenizers", "gguf"]
+    code = f"import jlora, sys; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
