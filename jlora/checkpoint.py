@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the trainable tree, optimizer state and where the run stood; never the frozen base.
+"""Checkpoints of a run: trainable tree, optimizer state, where it stood; never the frozen base.
 
 Orbax writes them asynchronously, each into a folder that appears under its step number only when it
 is complete. A checksum of every array goes along, so that a file that was damaged later is noticed
@@ -258,7 +258,7 @@ class Checkpoints:
         self._on_message(f"{message}: {type(error).__name__}: {reason}")
 
     def _clear_partial(self) -> None:
-        # Here, not by Orbax's own option: that works in the background, under a save of the same step.
+        # Not by Orbax's own option: that works in the background, under a save of the same step.
         for partial in self.folder.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The training step and the loop around it: given batches, a loss and callbacks; knows no file format.
+"""The training step and the loop around it, given batches and a loss; knows no file format.
 
 Gradients are taken with respect to the trainable tree of `jlora.split` alone, so no gradient,
 moment or update of a frozen weight exists anywhere in the compiled step.
