@@ -223,5 +223,5 @@ def _refuse_long(examples: Sequence[Example], length: int) -> None:
         if len(example) > length:
             raise ValueError(
                 f"{example.source}: an example of {len(example)} tokens does not fit rows "
-                f"of {length}. Raise the sequence length, or drop or truncate long examples on reading."
+                f"of {length}. Raise the length, or drop or truncate long examples on reading."
             )
