@@ -425,7 +425,7 @@ def _token_range(
     ids = encoding.ids
     ends = [i for i in range(first, last) if ids[i] in tokenizer.eos_ids]
     if ends:
-        return first, ends[-1] + 1, True
+        return first, ends[0] + 1, True
     if last < len(ids) and ids[last] in tokenizer.eos_ids:
         return first, last + 1, True
     return first, last, False
