@@ -1,8 +1,8 @@
-"""Causal attention with grouped heads: cuDNN's flash kernels on NVIDIA GPUs, blocks of XLA elsewhere.
+"""Causal attention with grouped heads: cuDNN's flash kernels on NVIDIA GPUs, elsewhere XLA.
 
 The platform is chosen when a computation is lowered, so a program traced on one machine compiles
 for another. Shapes: q is `[batch length heads head_dim]`, k and v have `kv_heads` in place of
-`heads`; query head `i` reads key head `i // (heads // kv_heads)`. Heads of k and v are never copied.
+`heads`; query head `i` reads key head `i // (heads // kv_heads)`. Keys are never repeated.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """A decoder-only transformer of the Llama family, in Flax Linen, with scanned layers.
 
-One definition serves Llama, Mistral, Qwen2, SmolLM2 and their kin; `DecoderConfig` says what differs.
+One definition serves Llama, Mistral, Qwen2, SmolLM2 and kin; `DecoderConfig` says what differs.
 Parameters of all layers are stacked on a leading axis; kernels are `[d_in, d_out]`:
 
     embed_tokens/embedding                      [vocab d]
@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.attention import cached_attention, causal_attention
 
-__all__ = ["Cache", "Decoder", "DecoderConfig", "RopeScaling", "init_cache"]
+__all__ = ["Cache", "Decoder", "DecoderConfig", "RopeScaling", "init_cache", "param_shapes"]
 
 _PROJECTION = "projection"  # what remat="dots" keeps
 _normal = nn.initializers.normal(0.02)
@@ -139,6 +139,12 @@ class Cache:
     values: jax.Array
     valid: jax.Array
     index: jax.Array
+
+
+def param_shapes(config: DecoderConfig) -> dict[str, Any]:
+    """The parameter tree as float32 `ShapeDtypeStruct`s; nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
 
 
 def init_cache(config: DecoderConfig, batch_size: int, length: int, dtype: Any = None) -> Cache:
@@ -331,7 +337,7 @@ class Decoder(nn.Module):
             _with_remat(c.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax says int)
             length=c.num_layers,
         )(c)
         self.norm = RMSNorm(c.rms_norm_eps, c.dtype)
@@ -460,7 +466,7 @@ def _rotary(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax
 
 
 def _frequencies(config: DecoderConfig) -> np.ndarray:
-    """Rotary frequencies, radians a token, `[head_dim/2]`; float32 throughout as in transformers."""
+    """Rotary frequencies, radians a token, `[head_dim/2]`; float32 as in transformers."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1 / np.float32(config.rope_theta) ** exponents
     scaling = config.rope_scaling
