@@ -86,17 +86,13 @@ def collect(library: str | Path | None = None) -> list[Pair]:
     library = Path(library or sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     pairs: list[Pair] = []
-    for path in sorted(
-        library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()
-    ):
-        module = path.relative_to(library)
-        if _SKIPPED_FOLDERS.isdisjoint(module.parts[:-1]) and not module.name.startswith("test"):
-            kept = 0
-            for pair, keys in _pairs_of(path, module.as_posix()):
-                if kept < _MAX_PER_MODULE and seen.isdisjoint(keys):
-                    seen |= keys
-                    pairs.append(pair)
-                    kept += 1
+    for module in _modules(library):
+        kept = 0
+        for pair, keys in _pairs_of(library / module, module):
+            if kept < _MAX_PER_MODULE and seen.isdisjoint(keys):
+                seen |= keys
+                pairs.append(pair)
+                kept += 1
     if not pairs:
         raise FileNotFoundError(
             f"No functions with docstrings under {library}: this Python comes without the source "
@@ -162,6 +158,28 @@ def _row(pair: Pair) -> dict[str, object]:
     }
 
 
+def _modules(library: Path) -> list[str]:
+    modules = []
+    for folder, below, files in os.walk(library):
+        below[:] = [name for name in below if name not in _SKIPPED_FOLDERS]
+        names = [name for name in files if name.endswith(".py") and not name.startswith("test")]
+        modules += [(Path(folder) / name).relative_to(library).as_posix() for name in names]
+    return sorted(modules)
+
+
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions and methods in the order of the file; expressions hold none, so are not entered."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            yield from _functions(child)
+
+
+def _unparse(statements: list[ast.stmt]) -> str:
+    return ast.unparse(ast.Module(statements, []))
+
+
 def _pairs_of(path: Path, module: str) -> Iterator[tuple[Pair, set[str]]]:
     """Usable pairs of one file, each with the keys that tell duplicates."""
     try:
@@ -173,14 +191,13 @@ def _pairs_of(path: Path, module: str) -> Iterator[tuple[Pair, set[str]]]:
     except (SyntaxError, ValueError):
         return
     lines = text.split("\n")
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    for function in sorted(functions, key=lambda function: function.lineno):
+    for function in _functions(tree):
         docstring = ast.get_docstring(function)
         summary = _summary(docstring) if docstring else None
         source = _without_docstring(function, lines) if summary else None
         if summary and source and summary.rstrip(".") not in source:
             words = " ".join(re.findall(r"[a-z]+", summary.lower()))
-            code = ast.unparse(function.args) + ast.unparse(ast.Module(function.body[1:], []))
+            code = ast.unparse(function.args) + _unparse(function.body[1:])
             yield Pair(source, summary, module, function.name), {f"s {words}", f"c {code}"}
 
 
@@ -223,10 +240,8 @@ def _without_docstring(
         tree = ast.parse(source)
     except SyntaxError:  # the docstring shared a line with code
         return None
-    same = [ast.dump(statement) for statement in getattr(tree.body[0], "body", ())] == [
-        ast.dump(statement) for statement in rest
-    ]
-    return source if same else None
+    found = next(_functions(tree), None)
+    return source if found and _unparse(found.body) == _unparse(rest) else None
 
 
 def _says_nothing(statement: ast.stmt) -> bool:
