@@ -1,0 +1,472 @@
+"""PEFT adapter folders: `adapter_config.json` and `adapter_model.safetensors`, both directions.
+
+PEFT keeps `lora_A.weight` `[rank d_in]` and `lora_B.weight` `[d_out rank]` for every layer, this
+package `a` `[layers d_in rank]` and `b` `[layers rank d_out]`. Names of modules are those of the
+Hugging Face model, from the table in `models/hf.py`. Adapters are written in float32.
+"""
+
+import collections
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+from jlora.leaf import is_array_leaf
+from jlora.lora import LoraArray, LoraConfig, labels, leaves_by_path
+from jlora.peft_folder import CONFIG, WEIGHTS, listed, read_settings, read_tensors, write
+from jlora.peft_names import (
+    HEAD,
+    Place,
+    find_places,
+    is_saved,
+    is_targeted,
+    is_tied,
+    pattern_value,
+    suffixes,
+    with_parents,
+)
+
+__all__ = ["load", "save"]
+
+_TIED_ADVICE = (
+    "the model's head is tied to its embedding, and in PEFT only the embedding would change. "
+    "Merge the adapter (jlora.merge_params) and save the whole model, or adapt other weights"
+)
+
+
+def save(
+    directory: str | os.PathLike[str],
+    params: Any,
+    config: LoraConfig,
+    *,
+    base_model: str = "",
+    base_license: str = "",
+) -> None:
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads on the same base model.
+
+    Ranks and alphas that differ between weights become `rank_pattern` and `alpha_pattern`, leaves
+    of `config.train` become `modules_to_save`. The files are written whole beside the folder and
+    then moved, so a full disk leaves what was there before.
+
+    Args:
+      directory: made if it is missing; of files in it only those of an adapter are replaced.
+      params: the whole tree, with adapters.
+      config: the config it was made with.
+      base_model: name or folder of the base model, noted in the config and the model card.
+      base_license: the base model's license, e.g. "apache-2.0", noted in the model card.
+
+    Raises:
+      ValueError: if `params` has no adapters, or is only one half of a split.
+      NotImplementedError: if PEFT has no way to say what a leaf does.
+    """
+    leaves = leaves_by_path(params)
+    adapters = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoraArray)}
+    if not adapters:
+        raise ValueError("There are no adapters in params; jlora.init puts them there.")
+    for path, leaf in adapters.items():
+        if leaf.w is None or leaf.a is None or leaf.b is None:
+            raise ValueError(
+                f"The adapter at {path!r} is one half of a split; "
+                "give the whole tree, jlora.combine(trainable, frozen)."
+            )
+    places = find_places(leaves)
+    names = leaves_by_path(labels(params, config))
+    trained = [path for path, name in names.items() if isinstance(name, str) and name == "full"]
+    _check_expressible(adapters, trained, places)
+    tensors = {}
+    for path, leaf in adapters.items():
+        tensors |= _factor_tensors(leaf, places[path])
+    whole = _whole_tensors(trained, leaves, places)
+    settings = _settings(adapters, places, config, {name.rpartition(".")[0] for name in whole})
+    settings["base_model_name_or_path"] = base_model or None
+    write(pathlib.Path(directory), settings, tensors | whole, base_license)
+
+
+def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfig]:
+    """Puts a PEFT adapter's factors on a base model's parameters.
+
+    Args:
+      directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+      params: plain or quantised, without adapters.
+
+    Returns:
+      The tree with `LoraArray` leaves (float32 factors), and a config with which `jlora.init` would
+      make the same ones.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is broken, or tensors are missing, left over or of a wrong shape.
+      NotImplementedError: if the adapter is more than plain LoRA and modules trained whole.
+    """
+    folder = pathlib.Path(directory)
+    settings = read_settings(folder / CONFIG)
+    tensors = read_tensors(folder)
+    leaves = leaves_by_path(params)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoraArray):
+            raise ValueError(f"{path!r} already has an adapter; merge it before loading another.")
+    places = find_places(leaves)
+    adapted, whole = _match(folder, settings, tensors, leaves, places)
+    filled: dict[str, Any] = {}
+    for path in adapted:
+        filled[path] = _adapter(folder, settings, tensors, path, leaves[path], places[path])
+    for path in whole:
+        for module in (place := places[path]).modules:
+            name = f"{module}.{place.parameter}"
+            _check_shape(folder, name, tensors[name], place.shape(leaves[path].shape))
+        filled[path] = jnp.asarray(place.array(tensors), leaves[path].dtype)
+    params = tree.map_with_path(
+        lambda path, leaf: filled.get(path, leaf), params, is_leaf=is_array_leaf
+    )
+    return params, _lora_config(folder, settings, filled, leaves, places)
+
+
+def _check_expressible(
+    adapters: Mapping[str, LoraArray], trained: Sequence[str], places: Mapping[str, Place]
+) -> None:
+    for path in (*adapters, *trained):
+        if path not in places:
+            raise NotImplementedError(
+                f"{path!r} has no name in a Hugging Face model, so no PEFT adapter can hold it. "
+                f"Known here: {', '.join(sorted(places)) or 'none of the leaves'}."
+            )
+    for path, leaf in adapters.items():
+        place = places[path]
+        stack = ("stack",) if place.stacked else ()
+        fits = leaf.axes in ((*stack, "in", "out"), (*stack, "out", "in"))
+        if place.kind not in ("kernel", "embedding") or not fits:
+            raise NotImplementedError(
+                f"The adapter at {path!r} has axes {leaf.axes}; PEFT knows one input and one "
+                "output axis a layer. Merge it with jlora.merge_params and save the whole model."
+            )
+        if place.kind == "embedding" and is_tied(places):
+            raise NotImplementedError(
+                f"The adapter at {path!r} cannot be exported: {_TIED_ADVICE}."
+            )
+    adapted = {module: path for path in adapters for module in places[path].modules}
+    for path in trained:
+        if other := adapted.get(places[path].modules[0]):
+            raise NotImplementedError(
+                f"{path!r} is trained whole and {other!r} beside it has an adapter; PEFT saves a "
+                "module whole or adapts it, not both. Merge with jlora.merge_params and save the "
+                "whole model, or leave one of the two out."
+            )
+
+
+def _factor_tensors(leaf: LoraArray, place: Place) -> dict[str, np.ndarray]:
+    a, b = (np.asarray(x.astype(jnp.float32)) for x in (leaf.a, leaf.b))
+    if not place.stacked:
+        a, b = a[None], b[None]
+    if leaf.axes[-1] == "in":  # then a belongs to the columns, and the files' input is the rows
+        a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    tensors = {}
+    for module, a_layer, b_layer in zip(place.modules, a, b, strict=True):
+        down, up = place.factor_names(module)
+        tensors[down] = np.ascontiguousarray(a_layer.T)  # [rank d_in]
+        tensors[up] = np.ascontiguousarray(b_layer.T)  # [d_out rank]
+    return tensors
+
+
+def _whole_tensors(
+    trained: Sequence[str], leaves: Mapping[str, Any], places: Mapping[str, Place]
+) -> dict[str, np.ndarray]:
+    """All tensors of every module that has a leaf trained whole, since PEFT saves modules."""
+    modules = {module for path in trained for module in places[path].modules}
+    tensors: dict[str, np.ndarray] = {}
+    for path, place in places.items():
+        if place.modules[0] not in modules:
+            continue
+        array = np.asarray(_dense(leaves[path]).astype(jnp.float32))
+        tensors |= {k: np.ascontiguousarray(x) for k, x in place.tensors(array).items()}
+        if place.kind == "embedding" and is_tied(places):
+            tensors[f"{HEAD}.weight"] = tensors[f"{place.modules[0]}.weight"]
+    return tensors
+
+
+def _dense(leaf: Any) -> Any:
+    return leaf.materialise() if is_array_leaf(leaf) else leaf
+
+
+def _settings(
+    adapters: Mapping[str, LoraArray],
+    places: Mapping[str, Place],
+    config: LoraConfig,
+    whole: Iterable[str],
+) -> dict[str, Any]:
+    """The contents of adapter_config.json."""
+    adapted = {module: path for path in adapters for module in places[path].modules}
+    others = {module for place in places.values() for module in place.modules} - set(adapted)
+    if is_tied(places):
+        others.add(HEAD)
+    ranks = {module: adapters[path].rank for module, path in adapted.items()}
+    alphas = {module: _alpha(adapters[path], config) for module, path in adapted.items()}
+    rank = _usual(ranks.values(), config.rank)
+    alpha = _usual(alphas.values(), config.alpha)
+    saved = sorted(set(whole))
+    unsaved = with_parents({*adapted, *others}) - set(saved)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _whole_number(alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": suffixes(adapted, others),
+        # PEFT looks for these at the end of names without regard to dots: "norm" would also mean
+        # every "input_layernorm".
+        "modules_to_save": suffixes(saved, unsaved, at_dot=False) or None,
+        "rank_pattern": _by_suffix(ranks, rank),
+        "alpha_pattern": {k: _whole_number(v) for k, v in _by_suffix(alphas, alpha).items()},
+        "use_rslora": config.rank_stabilized,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _alpha(leaf: LoraArray, config: LoraConfig) -> float:
+    """The alpha that gives the leaf's scaling to the last bit, if the config names it."""
+    divisor = math.sqrt(leaf.rank) if config.rank_stabilized else leaf.rank
+    named = [config.alpha, *dict(config.alpha_pattern).values()]
+    exact = (alpha for alpha in named if alpha / divisor == leaf.scaling)
+    return next(exact, leaf.scaling * divisor)
+
+
+def _usual(values: Iterable[Any], configured: Any) -> Any:
+    """The configured value where any module has it, else the most frequent one."""
+    counts = collections.Counter(values)
+    return configured if configured in counts else counts.most_common(1)[0][0]
+
+
+def _whole_number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _by_suffix(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    patterns = {}
+    for value in dict.fromkeys(values.values()):
+        if value != usual:
+            wanted = [module for module in values if values[module] == value]
+            others = set(values) - set(wanted)
+            patterns |= dict.fromkeys(suffixes(wanted, others), value)
+    return patterns
+
+
+def _match(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+) -> tuple[list[str], list[str]]:
+    """The paths that get factors and those replaced whole, where every tensor has a use."""
+    adapted, whole = [], []
+    expected: set[str] = set()
+    spare: set[str] = set()  # copies of base weights, which PEFT stores beside adapted embeddings
+    for path, place in places.items():
+        saved = [module for module in place.modules if is_saved(module, settings)]
+        if saved:
+            _check_cover(folder, path, place, saved)
+            whole.append(path)
+            expected.update(f"{module}.{place.parameter}" for module in place.modules)
+            continue
+        if _takes_factors(folder, path, place, settings, tensors):
+            adapted.append(path)
+            expected.update(name for m in place.modules for name in place.factor_names(m))
+        for module in place.modules:
+            names = {f"{module}.{place.parameter}", f"{module}.base_layer.{place.parameter}"}
+            for name in names & set(tensors):
+                _check_copy(folder, name, tensors, leaves[path], place, module)
+                spare.add(name)
+    if is_tied(places):
+        spare |= _check_tied(folder, settings, tensors, leaves, places, adapted, whole)
+    missing, unused = expected - set(tensors), set(tensors) - expected - spare
+    if missing or unused:
+        raise ValueError(
+            f"{folder / WEIGHTS} does not fit {CONFIG} and the model. Missing from the file: "
+            f"{listed(sorted(missing))}. Without a place in the model: {listed(sorted(unused))}."
+        )
+    if not adapted:
+        raise ValueError(f"{folder} holds no factors for any weight of this model.")
+    return adapted, whole
+
+
+def _takes_factors(
+    folder: pathlib.Path,
+    path: str,
+    place: Place,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> bool:
+    """Whether the file or the config has an adapter for a leaf; if so, it must cover all of it."""
+    if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
+        return False
+    held = [m for m in place.modules if not set(place.factor_names(m)).isdisjoint(tensors)]
+    wanted = [m for m in place.modules if is_targeted(m, place, settings)]
+    covered = {*held, *wanted}
+    if covered:
+        _check_cover(folder, path, place, sorted(covered))
+    return bool(covered)
+
+
+def _check_cover(folder: pathlib.Path, path: str, place: Place, covered: Sequence[str]) -> None:
+    if len(covered) < len(place.modules):
+        raise NotImplementedError(
+            f"{folder} changes {path!r} only in {listed(covered)}. Its layers are stacked in one "
+            f"leaf here, so an adapter has to cover all {len(place.modules)} of them."
+        )
+
+
+def _check_copy(
+    folder: pathlib.Path,
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    leaf: Any,
+    place: Place,
+    module: str,
+) -> None:
+    """Refuses a base weight in the file that is not the base's, up to bfloat16 rounding."""
+    _check_shape(folder, name, tensors[name], place.shape(leaf.shape))
+    base = place.tensors(np.asarray(jnp.asarray(_dense(leaf), jnp.bfloat16)))
+    if not np.array_equal(base[f"{module}.{place.parameter}"], tensors[name].astype(jnp.bfloat16)):
+        raise ValueError(
+            f"{folder / WEIGHTS} holds {name}, which differs from the base model's and is not in "
+            "modules_to_save: the adapter was made for another base model."
+        )
+
+
+def _check_tied(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+    adapted: Sequence[str],
+    whole: Sequence[str],
+) -> set[str]:
+    """The tensors of a tied model's head, which have to be the embedding's."""
+    path, table = next((p, place) for p, place in places.items() if place.kind == "embedding")
+    heads = {f"{HEAD}.weight", f"{HEAD}.base_layer.weight"} & set(tensors)
+    apart = path in adapted or any(name.startswith(f"{HEAD}.lora_") for name in tensors)
+    if path in whole:
+        embedding = tensors.get(f"{table.modules[0]}.weight")
+        same = embedding is not None and all(
+            np.array_equal(tensors[name], embedding) for name in heads
+        )
+        apart |= not same or not (heads or settings.get("ensure_weight_tying"))
+    elif not apart:
+        for name in heads:
+            _check_copy(folder, name, tensors, leaves[path], table, table.modules[0])
+    if apart:
+        raise NotImplementedError(
+            f"{folder} changes the embedding and the head apart from each other, but in this model "
+            "they are one leaf. Merge it with PEFT into a model with tie_word_embeddings=false and "
+            "load that."
+        )
+    return heads
+
+
+def _adapter(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    path: str,
+    leaf: Any,
+    place: Place,
+) -> LoraArray:
+    rank, alpha = _rank_and_alpha(folder, settings, path, place)
+    d_in, d_out = leaf.shape[-2:]
+    downs, ups = [], []
+    for module in place.modules:
+        down, up = place.factor_names(module)
+        _check_shape(folder, down, tensors[down], (rank, d_in))
+        _check_shape(folder, up, tensors[up], (d_out, rank))
+        downs.append(tensors[down].T)
+        ups.append(tensors[up].T)
+    a, b = (jnp.asarray(np.stack(x) if place.stacked else x[0]) for x in (downs, ups))
+    return LoraArray(
+        leaf,
+        a,
+        b,
+        scaling=alpha / (math.sqrt(rank) if settings["use_rslora"] else rank),
+        axes=("stack", "in", "out") if place.stacked else ("in", "out"),
+        dropout=settings["lora_dropout"],
+    )
+
+
+def _rank_and_alpha(
+    folder: pathlib.Path, settings: Mapping[str, Any], path: str, place: Place
+) -> tuple[int, float]:
+    pairs = {
+        (
+            pattern_value(settings["rank_pattern"], module, settings["r"]),
+            pattern_value(settings["alpha_pattern"], module, settings["lora_alpha"]),
+        )
+        for module in place.modules
+    }
+    if len(pairs) > 1:
+        raise NotImplementedError(
+            f"{folder} gives the layers of {path!r} different (rank, alpha): {sorted(pairs)}. They "
+            "are stacked in one leaf here, so they have to agree."
+        )
+    return pairs.pop()
+
+
+def _lora_config(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    filled: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+) -> LoraConfig:
+    """The config whose `init` would give the same leaves."""
+    adapted = [path for path, leaf in filled.items() if isinstance(leaf, LoraArray)]
+    pairs = {path: _rank_and_alpha(folder, settings, path, places[path]) for path in adapted}
+    weights = [path for path in leaves if path.rpartition("/")[2] not in ("bias", "scale")]
+
+    def differing(index: int, usual: Any) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for value in dict.fromkeys(pair[index] for pair in pairs.values()):
+            if value != usual:
+                same = [path for path in pairs if pairs[path][index] == value]
+                found |= dict.fromkeys(_patterns(same, pairs), value)
+        return found
+
+    return LoraConfig(
+        rank=settings["r"],
+        alpha=settings["lora_alpha"],
+        targets=_patterns(adapted, weights),
+        rank_pattern=differing(0, settings["r"]),
+        alpha_pattern=differing(1, settings["lora_alpha"]),
+        dropout=settings["lora_dropout"],
+        rank_stabilized=settings["use_rslora"],
+        train=_patterns([path for path in filled if path not in adapted], leaves),
+    )
+
+
+def _patterns(wanted: Sequence[str], paths: Iterable[str]) -> tuple[str, ...]:
+    """For each wanted path its module's name, or the whole path where others share that name."""
+    others = [path for path in paths if path not in wanted]
+
+    def pattern(path: str) -> str:
+        segment = path.split("/")[-2]
+        return path if any(tree.matches(segment, other) for other in others) else segment
+
+    return tuple(dict.fromkeys(pattern(path) for path in wanted))
+
+
+def _check_shape(
+    folder: pathlib.Path, name: str, array: np.ndarray, shape: tuple[int, ...]
+) -> None:
+    if array.shape != tuple(shape):
+        raise ValueError(
+            f"{folder / WEIGHTS}: {name} has shape {list(array.shape)}, expected {list(shape)} "
+            "from the base model's weight and the rank in the config."
+        )

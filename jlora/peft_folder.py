@@ -1,0 +1,211 @@
+"""The files of a PEFT adapter folder: read with every check that needs no model, written whole."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+__all__ = ["CONFIG", "WEIGHTS", "listed", "read_settings", "read_tensors", "write"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Fields of adapter_config.json that are read, or that change nothing in how an adapter computes.
+_READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+    "modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+}  # fmt: skip
+_HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "layers_pattern", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
+
+
+def read_settings(file: pathlib.Path) -> dict[str, Any]:
+    """adapter_config.json with PEFT's defaults filled in; refuses what is not plain LoRA."""
+    if not file.is_file():
+        nested = sorted(str(found.parent) for found in file.parent.glob(f"*/{CONFIG}"))
+        hint = f" There is one in {', '.join(nested)}." if nested else ""
+        raise FileNotFoundError(f"{file} is missing: is {file.parent} a PEFT adapter?{hint}")
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
+        raise ValueError(f"{file} has no 'peft_type'; PEFT writes one, \"LORA\" for LoRA.")
+    if settings["peft_type"] != "LORA":
+        raise NotImplementedError(
+            f"{file}: peft_type is {settings['peft_type']!r}; only 'LORA' can be loaded."
+        )
+    init = settings.get("init_lora_weights", True)
+    refused = [
+        f"{name}={value!r}"
+        for name, value in settings.items()
+        if name not in _READ | _HARMLESS and value and value != "none"
+    ]
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        refused.append(f"init_lora_weights={init!r} (it changes the base model's weights)")
+    if refused:
+        raise NotImplementedError(
+            f"{file} asks for what jlora does not read: {', '.join(refused)}. Merge the adapter "
+            "with PEFT (merge_and_unload), save that model and load it instead."
+        )
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    settings = defaults | settings
+    for name in ("rank_pattern", "alpha_pattern"):
+        settings[name] = settings.get(name) or {}
+    _check_types(file, settings)
+    return settings
+
+
+def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    def refuse(name: str, expected: str) -> None:
+        raise ValueError(f"{file}: {name} must be {expected}, got {settings[name]!r}.")
+
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings[name], dict):
+            refuse(name, "an object from names to numbers")
+    for rank in (settings["r"], *settings["rank_pattern"].values()):
+        if type(rank) is not int or rank < 1:
+            refuse("rank_pattern" if settings["rank_pattern"] else "r", "whole and at least 1")
+    for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
+        if not isinstance(alpha, int | float) or not alpha > 0:
+            refuse("alpha_pattern" if settings["alpha_pattern"] else "lora_alpha", "above 0")
+    dropout = settings["lora_dropout"]
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        refuse("lora_dropout", "at least 0 and below 1")
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = settings.get(name) or []
+        text = isinstance(value, str) and name != "modules_to_save"
+        if not text and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+            refuse(name, "a list of names")
+    regexes = [settings.get(name) for name in ("target_modules", "exclude_modules")]
+    for regex in (*regexes, *settings["rank_pattern"], *settings["alpha_pattern"]):
+        try:
+            re.compile(regex if isinstance(regex, str) else "")
+        except re.error as error:
+            raise ValueError(f"{file}: {regex!r} is no regular expression: {error}.") from None
+
+
+def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The file's tensors in float32, by their names in the base model."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"{folder} has only adapter_model.bin, a pickle: reading one can run any code that "
+                "is in it, so jlora does not. Load it with PEFT where you trust its source and "
+                "call save_pretrained, which writes adapter_model.safetensors."
+            )
+        raise FileNotFoundError(f"{file} is missing.")
+    tensors = {}
+    try:
+        with safetensors.safe_open(file, "np") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                tensors[name] = opened.get_tensor(name).astype(np.float32)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is broken or incomplete: {error}.") from None
+    if strange := sorted(name for name in tensors if not name.startswith(_PREFIX)):
+        raise ValueError(
+            f"{file}: tensor names of a PEFT adapter begin with {_PREFIX!r}; these do not: "
+            f"{listed(strange)}."
+        )
+    return {name.removeprefix(_PREFIX): array for name, array in tensors.items()}
+
+
+def write(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    base_license: str,
+) -> None:
+    """Writes config, tensors and model card beside the folder, then moves them into place.
+
+    A folder that was not there appears whole. In one that was, each file is replaced whole.
+    """
+    prefixed = {_PREFIX + name: array for name, array in tensors.items()}
+    contents = {
+        "README.md": _model_card(settings, base_license).encode(),
+        WEIGHTS: safetensors.numpy.save(prefixed, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
+    }
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; an adapter is saved as a folder.")
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        for name, content in contents.items():
+            with open(staging / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if not folder.exists():
+            staging.rename(folder)
+            return
+        for name in contents:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+_CARD = """---
+{front}
+---
+
+# LoRA adapter{of}
+
+Trained with jlora. Rank {rank}, alpha {alpha}, on {targets}.
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+With jlora:
+
+```python
+import jlora
+
+model, params = jlora.models.load({base})
+params, config = jlora.peft.load("path/to/this/folder", params)
+forward = jlora.adapt(model.apply)
+```
+"""
+
+
+def _model_card(settings: Mapping[str, Any], base_license: str) -> str:
+    base_model = settings["base_model_name_or_path"]
+    front = ["library_name: peft", "tags:", "- lora", "- jlora", "pipeline_tag: text-generation"]
+    if base_model:
+        front.append(f"base_model: {json.dumps(base_model)}")
+    if base_license:
+        front.append(f"license: {json.dumps(base_license)}")
+    return _CARD.format(
+        front="\n".join(front),
+        of=f" for {base_model}" if base_model else "",
+        rank=settings["r"],
+        alpha=settings["lora_alpha"],
+        targets=", ".join(f"`{target}`" for target in settings["target_modules"]),
+        base=json.dumps(base_model or "path/to/the/base/model"),
+    )
+
+
+def listed(names: Sequence[str], shown: int = 12) -> str:
+    """Names for a message, the first of them if they are many."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more if names else "none"

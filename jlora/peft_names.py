@@ -1,0 +1,142 @@
+"""How PEFT names what it adapts: modules of the Hugging Face model, and its patterns over them."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.models import hf
+
+__all__ = [
+    "HEAD",
+    "Place",
+    "find_places",
+    "is_saved",
+    "is_targeted",
+    "is_tied",
+    "pattern_value",
+    "suffixes",
+    "with_parents",
+]
+
+HEAD = "lm_head"
+# A tree whose layers are numbered, not stacked, is no tree of our decoder.
+_DECODER_PATH = re.compile(
+    r"(embed_tokens|norm|lm_head|layers/\D.*)/(embedding|kernel|scale|bias)$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a leaf lives in the Hugging Face model: one module, or one for each stacked layer."""
+
+    modules: tuple[str, ...]
+    parameter: str  # "weight" or "bias"
+    stacked: bool
+    kind: str  # "embedding", "kernel" (transposed there) or another name of a leaf
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one module's tensor, for a leaf of a given shape."""
+        shape = shape[1:] if self.stacked else shape
+        return shape[::-1] if self.kind == "kernel" else shape
+
+    def tensors(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """The whole leaf by its names in the files' model."""
+        array = array if self.stacked else array[None]
+        if self.kind == "kernel":
+            array = array.swapaxes(-1, -2)
+        return {f"{m}.{self.parameter}": x for m, x in zip(self.modules, array, strict=True)}
+
+    def array(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The reverse of `tensors`."""
+        array = np.stack([tensors[f"{module}.{self.parameter}"] for module in self.modules])
+        if self.kind == "kernel":
+            array = array.swapaxes(-1, -2)
+        return array if self.stacked else array[0]
+
+    def factor_names(self, module: str) -> tuple[str, str]:
+        """What PEFT calls the two factors on a module."""
+        if self.kind == "embedding":
+            return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def find_places(leaves: Mapping[str, Any]) -> dict[str, Place]:
+    """The leaves that a Hugging Face model has, and where."""
+    places = {}
+    for path, leaf in leaves.items():
+        if not _DECODER_PATH.match(path):
+            continue
+        template, _, parameter = hf.hf_name(path).rpartition(".")
+        stacked = "{}" in template
+        modules = tuple(template.format(layer) for layer in range(leaf.shape[0] if stacked else 1))
+        places[path] = Place(modules, parameter, stacked, path.rpartition("/")[2])
+    return places
+
+
+def is_tied(places: Mapping[str, Place]) -> bool:
+    """Whether the embedding is also the head."""
+    embeds = any(place.kind == "embedding" for place in places.values())
+    return embeds and all(place.modules != (HEAD,) for place in places.values())
+
+
+def is_targeted(module: str, place: Place, settings: Mapping[str, Any]) -> bool:
+    """PEFT's rule; with no `target_modules` the tensors of the file say it."""
+    targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
+    if not targets or _is_named(module, excluded) or is_saved(module, settings):
+        return False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return place.kind == "kernel" and module != HEAD
+    return _is_named(module, targets)
+
+
+def _is_named(module: str, names: str | Sequence[str] | None) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(_ends(module, name) for name in names or ())
+
+
+def is_saved(module: str, settings: Mapping[str, Any]) -> bool:
+    """PEFT's rule for `modules_to_save`: an end of the name, or of a parent's, dots or not."""
+    names = settings.get("modules_to_save") or ()
+    return any(_ends(parent, n, at_dot=False) for parent in with_parents([module]) for n in names)
+
+
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """What `rank_pattern` or `alpha_pattern` says of a module: its first matching regex counts."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, default)
+
+
+def suffixes(wanted: Iterable[str], others: Iterable[str], *, at_dot: bool = True) -> list[str]:
+    """The shortest ends of dotted names that cover every wanted name and no other one.
+
+    Args:
+      wanted: full names of modules.
+      others: names that no end may match.
+      at_dot: whether the reader compares whole segments, or any characters at the end.
+    """
+    found: dict[str, None] = {}
+    for module in wanted:
+        if any(_ends(module, suffix) for suffix in found):
+            continue
+        parts = module.split(".")
+        for start in reversed(range(len(parts))):
+            suffix = ".".join(parts[start:])
+            if not any(_ends(other, suffix, at_dot) for other in others):
+                break
+        found[suffix] = None
+    return sorted(found)
+
+
+def _ends(name: str, suffix: str, at_dot: bool = True) -> bool:
+    return name == suffix or name.endswith(f".{suffix}" if at_dot else suffix)
+
+
+def with_parents(modules: Iterable[str]) -> set[str]:
+    """The modules and all that contain them."""
+    return {
+        module.rsplit(".", depth)[0] for module in modules for depth in range(module.count(".") + 1)
+    }
