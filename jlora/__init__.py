@@ -11,13 +11,14 @@ from jlora.interpret import adapt
 from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split
 from jlora.summary import summary
 from jlora.tree import combine
-from jlora.usage import find_weights
+from jlora.usage import explain, find_weights
 
 __all__ = [
     "LoraArray",
     "LoraConfig",
     "adapt",
     "combine",
+    "explain",
     "find_weights",
     "init",
     "labels",

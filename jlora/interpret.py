@@ -11,8 +11,7 @@ nothing of low rank, quantisation or training.
 
 import dataclasses
 import functools
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -173,22 +172,27 @@ def _argument_paths(static: _Static) -> list[str]:
 
 
 def _report_captured(closed: Any, operands: Sequence[Any], context: Context) -> None:
-    """Warns about leaves that the function does not read while it captures an array like them."""
-    jaxpr, consts = _open(closed)
+    """Finds leaves that the function does not read while it captures an array like them."""
+    jaxpr, _ = _open(closed)
     read = {id(atom) for equation in jaxpr.eqns for atom in equation.invars}
     read |= {id(atom) for atom in jaxpr.outvars}
-    captured = {(np.shape(const), jnp.result_type(const)) for const in consts}
+    captured = {(np.shape(const), jnp.result_type(const)) for const in _all_constants(closed)}
     for var, leaf in zip(jaxpr.invars, operands):
         if not is_array_leaf(leaf) or id(var) in read:
             continue
-        if (leaf.shape, leaf.dtype) in captured and (leaf.name(), "closure") not in context.warned:
-            context.warned.add((leaf.name(), "closure"))
-            warnings.warn(
-                f"{leaf.name()!r} of shape {leaf.shape} is passed to the function but not read by "
-                "it, while the function captures an array of that shape in a closure: the captured "
-                "weight is used without its adapter. Read the weight from the argument.",
-                stacklevel=2,
-            )
+        if (leaf.shape, leaf.dtype) in captured:
+            context.captured(leaf)
+
+
+def _all_constants(jaxpr: Any) -> Iterator[Any]:
+    """What a jaxpr and those nested in it captured."""
+    opened, consts = _open(jaxpr)
+    yield from consts
+    for eqn in opened.eqns:
+        for param in eqn.params.values():
+            for inner in param if isinstance(param, tuple | list) else (param,):
+                if isinstance(inner, jex.Jaxpr | jex.ClosedJaxpr):
+                    yield from _all_constants(inner)
 
 
 def _dense(value: Any, primitive: str, context: Context) -> Any:
@@ -390,6 +394,28 @@ def _enter_cond(
     return jax.lax.switch(_dense(index, "cond", context), branches, *operands)
 
 
+def _enter_shard_map(
+    params: dict[str, Any], arguments: Sequence[Any], context: Context
+) -> Sequence[Any]:
+    def inner(*operands: Any) -> list[Any]:
+        results = _evaluate(params["jaxpr"], operands, context)
+        return [_dense(result, "shard_map output", context) for result in results]
+
+    specs = tuple(
+        argument.specs(spec) if is_array_leaf(argument) else spec
+        for argument, spec in zip(arguments, params["in_specs"])
+    )
+    mapped = jax.shard_map(
+        inner,
+        mesh=params["mesh"],
+        in_specs=specs,
+        out_specs=list(params["out_specs"]),
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )
+    return mapped(*arguments)
+
+
 _CONTROL_FLOW = {
     "jit": _enter_jit,
     "pjit": _enter_jit,
@@ -398,4 +424,5 @@ _CONTROL_FLOW = {
     "scan": _enter_scan,
     "while": _enter_while,
     "cond": _enter_cond,
+    "shard_map": _enter_shard_map,
 }

@@ -66,6 +66,10 @@ class ArrayLeaf:
         """
         return None
 
+    def specs(self, spec: jax.sharding.PartitionSpec) -> "ArrayLeaf":
+        """The same leaf with a PartitionSpec in place of each array, for an array cut by `spec`."""
+        raise NotImplementedError
+
     def __jax_array__(self) -> jax.Array:
         raise TypeError(
             f"A {type(self).__name__} of shape {self.shape} reached a JAX function outside "
@@ -117,6 +121,20 @@ class Context:
                 stacklevel=2,
             )
         return leaf.materialise()
+
+    def note(self, leaf: ArrayLeaf, primitive: str) -> None:
+        """Called where a leaf's own rule turned it into a plain array."""
+
+    def captured(self, leaf: ArrayLeaf) -> None:
+        """Called for a leaf that is not read while the function captures an array like it."""
+        if (leaf.name(), "closure") not in self.warned:
+            self.warned.add((leaf.name(), "closure"))
+            warnings.warn(
+                f"{leaf.name()!r} of shape {leaf.shape} is passed to the function but not read by "
+                "it, while the function captures an array of that shape in a closure: the captured "
+                "weight is used without its adapter. Read the weight from the argument.",
+                stacklevel=2,
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +193,9 @@ def apply_rule(equation: Equation, operands: Sequence[Any]) -> Any:
             if found := _RULES.get((leaf_type, equation.name)):
                 result = found(equation, *operands)
                 if result is not NotImplemented:
+                    results = result if isinstance(result, list | tuple) else [result]
+                    if not any(map(is_array_leaf, results)):
+                        equation.context.note(leaf, equation.name)
                     return result
                 break
     return equation.bind(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jlora import products as _rules  # noqa: F401  registers them
 from jlora import tree
 from jlora.leaf import ArrayLeaf, is_array_leaf
 from jlora.lowrank import LowRank
@@ -323,7 +324,7 @@ def _is_weight(
     if _first_match(config.axes, path, None):
         return True
     if uses is not None:
-        return uses[path].kind in ("product", "embedding")
+        return bool(uses[path].contracted and uses[path].free)
     return leaf.ndim >= 2 and path.split("/")[-1] not in ("bias", "scale")
 
 

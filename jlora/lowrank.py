@@ -3,12 +3,10 @@
 `LowRank` stands for `w + scaling * sum_r u[..., r] * v[..., r]`. Both factors have the axes of `w`
 and a last one for the rank; a factor has size 1 along the axes that the other one owns. So whatever
 moves the axes of `w` moves those of the factors alike, and a product with `w` becomes two small
-ones, whichever axes it contracts.
+ones, whichever axes it contracts: those are in `products.py`, the moves are here.
 """
 
 import dataclasses
-import math
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +90,18 @@ class LowRank(ArrayLeaf):
 
         return (scanned_w, *scanned), rebuild
 
+    def specs(self, spec: jax.sharding.PartitionSpec) -> "LowRank":
+        """Each factor is cut along the axes that it owns, as the weight is."""
+        places = [*spec, *[None] * (self.ndim - len(spec))]
+        u, v = (
+            jax.sharding.PartitionSpec(
+                *(place if size > 1 else None for place, size in zip(places, factor.shape))
+            )
+            for factor in (self.u, self.v)
+        )
+        w = self.w.specs(spec) if is_array_leaf(self.w) else spec
+        return dataclasses.replace(self, w=w, u=u, v=v)
+
 
 def contract(
     x: jax.Array,
@@ -148,154 +158,6 @@ def _sum_alone(
     return x.sum(alone) if alone else x, kept
 
 
-def _product(
-    x: jax.Array,
-    x_axes: Sequence[Any],
-    leaf: LowRank,
-    leaf_axes: Sequence[Any],
-    out_axes: Sequence[Any],
-    out: jax.ShapeDtypeStruct,
-    precision: Any = None,
-) -> jax.Array:
-    """`scaling * (x . u) . v` for any contraction of `x` with the weight."""
-    rank = "rank"
-    factors = [(f.astype(leaf.dtype), [*leaf_axes, rank]) for f in (leaf.u, leaf.v)]
-    sizes = dict(zip(leaf_axes, leaf.shape)) | dict(zip(x_axes, x.shape))
-    sizes[rank] = leaf.u.shape[-1]
-
-    def axes_between(first: Any, second: Any) -> list[Any]:
-        present = [*x_axes, *(axis for axis in _owned(*first) if axis not in x_axes)]
-        later = {rank, *out_axes, *_owned(*second)}
-        return [axis for axis in present if axis in later and axis != rank] + [rank]
-
-    first, second = min(
-        (factors, factors[::-1]),
-        key=lambda order: math.prod(sizes[axis] for axis in axes_between(*order)),
-    )
-    between = axes_between(first, second)
-    hidden = contract(x, x_axes, *first, between, precision=precision)
-    update = contract(
-        leaf.scaling * hidden,
-        between,
-        *second,
-        out_axes,
-        precision=precision,
-        preferred_element_type=out.dtype,
-    )
-    return jnp.broadcast_to(update, out.shape).astype(out.dtype)
-
-
-def _owned(factor: jax.Array, axes: Sequence[Any]) -> list[Any]:
-    return [axis for axis, size in zip(axes, factor.shape) if size > 1]
-
-
-@rule(LowRank, "dot_general")
-def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
-    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
-    context = equation.context
-    if isinstance(left, LowRank):
-        leaf, x = left, right
-        leaf_dims, x_dims = (left_summed, left_batch), (right_summed, right_batch)
-    else:
-        leaf, x = right, left
-        leaf_dims, x_dims = (right_summed, right_batch), (left_summed, left_batch)
-    if is_array_leaf(x):
-        x = context.materialise(x, equation.name)
-    if not leaf_dims[0]:
-        return NotImplemented  # an outer product is as large as anything dense
-    leaf_axes: list[Any] = [("w", axis) for axis in range(leaf.ndim)]
-    x_axes: list[Any] = [("x", axis) for axis in range(x.ndim)]
-    for x_group, leaf_group in zip(x_dims, leaf_dims):
-        for x_axis, leaf_axis in zip(x_group, leaf_group):
-            x_axes[x_axis] = leaf_axes[leaf_axis]
-    batch = [leaf_axes[axis] for axis in leaf_dims[1]]
-    leaf_free = [axis for axis in leaf_axes if axis not in x_axes]
-    x_free = [axis for axis in x_axes if axis not in leaf_axes]
-    free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
-    base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
-    update = _product(
-        _drop_out(x, leaf, context.key),
-        x_axes,
-        leaf,
-        leaf_axes,
-        [*batch, *free],
-        equation.out,
-        equation.params["precision"],
-    )
-    return base + update
-
-
-def _drop_out(x: jax.Array, leaf: LowRank, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share of the product's inputs and scales up the rest, as PEFT does."""
-    if key is None or leaf.dropout == 0:
-        return x
-    key = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
-    kept = jax.random.bernoulli(key, 1 - leaf.dropout, x.shape)
-    return jnp.where(kept, x / (1 - leaf.dropout), 0).astype(x.dtype)
-
-
-@rule(LowRank, "gather")
-def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
-    """Rows of the weight (an embedding, one layer of a stack) from rows of its factors."""
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    indexed = numbers.start_index_map
-    if (
-        not isinstance(leaf, LowRank)
-        or is_array_leaf(indices)
-        or numbers.operand_batching_dims
-        or tuple(sorted(indexed)) != tuple(numbers.collapsed_slice_dims)
-        or any(sizes[axis] != leaf.shape[axis] for axis in range(leaf.ndim) if axis not in indexed)
-    ):
-        return NotImplemented
-    kept = [axis for axis in range(leaf.ndim) if axis not in indexed]
-    num_batch = indices.ndim - 1
-    offsets = iter(kept)
-    batch = iter(range(num_batch))
-    out_axes = [
-        ("w", next(offsets)) if place in numbers.offset_dims else ("index", next(batch))
-        for place in range(len(equation.out.shape))
-    ]
-    factors = [
-        _gather_rows(equation, factor, indices, [a for a in indexed if factor.shape[a] > 1])
-        for factor in (leaf.u, leaf.v)
-    ]
-    base = equation.bind(leaf.w, indices)
-    factor_axes = [*(("index", i) for i in range(num_batch)), *(("w", a) for a in kept), "rank"]
-    u, v = (factor.astype(leaf.dtype) for factor in factors)
-    update = contract(
-        leaf.scaling * u, factor_axes, v, factor_axes, out_axes,
-        preferred_element_type=equation.out.dtype,
-    )  # fmt: skip
-    return base + jnp.broadcast_to(update, equation.out.shape).astype(equation.out.dtype)
-
-
-def _gather_rows(
-    equation: Equation, factor: jax.Array, indices: jax.Array, axes: Sequence[int]
-) -> jax.Array:
-    """Indexes the axes that a factor owns: `[*indices, *other axes, rank]`, size 1 if none."""
-    numbers = equation.params["dimension_numbers"]
-    num_batch = indices.ndim - 1
-    if not axes:
-        squeezed = lax.squeeze(factor, numbers.start_index_map)
-        return lax.expand_dims(squeezed, range(num_batch))
-    dropped = [axis for axis in numbers.start_index_map if axis not in axes]
-    factor = lax.squeeze(factor, dropped)
-    places = tuple(axis - sum(other < axis for other in dropped) for axis in axes)
-    columns = jnp.asarray([numbers.start_index_map.index(axis) for axis in axes])
-    return lax.gather(
-        factor,
-        indices if not dropped else indices[..., columns],
-        lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(num_batch, num_batch + factor.ndim - len(places))),
-            collapsed_slice_dims=tuple(sorted(places)),
-            start_index_map=places,
-        ),
-        tuple(1 if axis in places else size for axis, size in enumerate(factor.shape)),
-        mode=equation.params["mode"],
-        fill_value=equation.params["fill_value"],
-    )
-
-
 @rule(LowRank, "convert_element_type")
 def _convert_element_type(equation: Equation, leaf: LowRank) -> Any:
     if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
@@ -304,7 +166,13 @@ def _convert_element_type(equation: Equation, leaf: LowRank) -> Any:
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))
 
 
-@rule(LowRank, "copy", "copy_p", "stop_gradient", "pvary")
+@rule(LowRank, "pvary")
+def _pvary(equation: Equation, leaf: LowRank) -> Any:
+    # Inside shard_map; the factors vary over axes of their own, and products make up for it.
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w))
+
+
+@rule(LowRank, "copy", "copy_p", "stop_gradient")
 def _pass_through(equation: Equation, leaf: LowRank) -> Any:
     w, u, v = (equation.bind(part) for part in (leaf.w, leaf.u, leaf.v))
     return dataclasses.replace(leaf, w=w, u=u, v=v)

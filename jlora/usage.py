@@ -18,9 +18,11 @@ from jlora import tree
 from jlora.interpret import evaluate
 from jlora.leaf import ArrayLeaf, Context, Equation, is_array_leaf, reshape_groups, rule
 
-__all__ = ["Kind", "WeightUse", "find_weights"]
+__all__ = ["Explanation", "Kind", "WeightUse", "explain", "find_weights"]
 
-Kind = Literal["product", "embedding", "elementwise", "unused"]
+Kind = Literal[
+    "product", "embedding", "convolution", "experts", "elementwise", "unused", "captured"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,14 @@ class WeightUse:
     Attributes:
       path: of the array in its tree.
       shape: of the array.
-      kind: `embedding` where rows are gathered, `product` where every use is a matrix product,
-        `elementwise` for any other use, `unused` where nothing reads it.
+      kind: `embedding` where rows are gathered; `product`, `convolution` or `experts` (a ragged
+        product) where every use is one; `elementwise` for any other use; `unused` where nothing
+        reads it; `captured` where moreover the function captures an array just like it.
       contracted: the axes that meet the input: summed in a product, indexed in an embedding.
       free: the axes that remain in the product's result.
       stacked: the axes that a scan, a slice or a batched product runs over.
       multiply_adds: of the products with it, in one call.
+      share: of the multiply-adds with all arrays of the tree, between 0 and 1.
       primitives: the names of the operations that read it, in order of use.
     """
 
@@ -46,6 +50,7 @@ class WeightUse:
     free: tuple[int, ...] = ()
     stacked: tuple[int, ...] = ()
     multiply_adds: int = 0
+    share: float = 0.0
     primitives: tuple[str, ...] = ()
 
 
@@ -81,8 +86,9 @@ def find_weights(fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, W
         by_path.setdefault(use.path, []).append(use)
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     paths = {tree.path_string(key_path): leaf for key_path, leaf in flat if _is_array(leaf)}
+    total = sum(use.multiply_adds for use in uses.values())
     return {
-        path: _summarise(path, tuple(leaf.shape), by_path.get(path, []))
+        path: _summarise(path, tuple(leaf.shape), by_path.get(path, []), total)
         for path, leaf in paths.items()
     }
 
@@ -121,6 +127,7 @@ class _Use:
     contracted: tuple[int, ...] = ()
     free: tuple[int, ...] = ()
     multiply_adds: int = 0
+    still_a_weight: bool = False  # gathered from a stack, and then used as the rest of it is
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +146,9 @@ class _Recorder(Context):
     def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
         self.uses[leaf.name(), self.scope, primitive] = _Use(leaf.name(), primitive, "elementwise")
         return leaf.materialise()
+
+    def captured(self, leaf: ArrayLeaf) -> None:
+        self.uses[leaf.name(), "captured"] = _Use(leaf.name(), "closure", "captured")
 
 
 @jax.tree_util.register_dataclass
@@ -181,34 +191,46 @@ class _Probe(ArrayLeaf):
         contracted: Sequence[int],
         free: Sequence[int],
         multiply_adds: int,
+        still_a_weight: bool = False,
     ) -> None:
         contracted = self.original(contracted)
         free = tuple(axis for axis in self.original(free) if axis not in contracted)
         self.sink.uses[self.path, equation.identity] = _Use(
-            self.path, equation.name, kind, contracted, free, multiply_adds * equation.context.trips
+            self.path,
+            equation.name,
+            kind,
+            contracted,
+            free,
+            multiply_adds * equation.context.trips,
+            still_a_weight,
         )
 
 
-def _summarise(path: str, shape: tuple[int, ...], uses: Sequence[_Use]) -> WeightUse:
-    if not uses:
-        return WeightUse(path, shape, "unused")
-    kinds = [use.kind for use in uses]
+def _summarise(path: str, shape: tuple[int, ...], uses: Sequence[_Use], total: int) -> WeightUse:
+    kinds = [use.kind for use in uses if not (use.kind == "embedding" and use.still_a_weight)]
+    if not kinds:  # rows gathered from it are all that is left of its uses
+        kinds = [use.kind for use in uses] or ["unused"]
     kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
-    if kind == "product" and "elementwise" in kinds:
+    if kind != "embedding" and "elementwise" in kinds:
         kind = "elementwise"
-    shown = next((use for use in uses if use.kind == kind and use.kind != "elementwise"), uses[0])
-    stacked = tuple(
-        axis for axis in range(len(shape)) if axis not in (*shown.contracted, *shown.free)
-    )
+    with_axes = [use for use in uses if use.contracted]
+    shown = next((use for use in with_axes if use.kind == kind), None)
+    if shown is None and with_axes:
+        shown = next((use for use in with_axes if not use.still_a_weight), with_axes[0])
+    multiply_adds = sum(use.multiply_adds for use in uses)
+    roles = dict.fromkeys(("contracted", "free", "stacked"), ())
+    if shown is not None:
+        used = (*shown.contracted, *shown.free)
+        stacked = tuple(axis for axis in range(len(shape)) if axis not in used)
+        roles = {"contracted": shown.contracted, "free": shown.free, "stacked": stacked}
     return WeightUse(
         path,
         shape,
         kind,
-        shown.contracted,
-        shown.free,
-        stacked if shown.kind != "elementwise" else (),
-        sum(use.multiply_adds for use in uses),
-        tuple(dict.fromkeys(use.primitive for use in uses)),
+        **roles,
+        multiply_adds=multiply_adds,
+        share=multiply_adds / total if total else 0.0,
+        primitives=tuple(dict.fromkeys(use.primitive for use in uses)),
     )
 
 
@@ -225,14 +247,48 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     return equation.bind(*(x.array if isinstance(x, _Probe) else x for x in (left, right)))
 
 
+@rule(_Probe, "conv_general_dilated")
+def _convolution(equation: Equation, x: Any, kernel: Any) -> Any:
+    if not isinstance(kernel, _Probe) or isinstance(x, _Probe):
+        return NotImplemented
+    out_axis, *summed = equation.params["dimension_numbers"].rhs_spec
+    window = math.prod(kernel.shape[axis] for axis in summed)
+    multiply_adds = math.prod(equation.out.shape) * window
+    kernel.record(equation, "convolution", summed, [out_axis], multiply_adds)
+    return equation.bind(x, kernel.array)
+
+
+@rule(_Probe, "ragged_dot_general")
+def _ragged_dot(equation: Equation, x: Any, probe: Any, *rest: Any) -> Any:
+    if not isinstance(probe, _Probe) or isinstance(x, _Probe):
+        return NotImplemented
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, summed), _ = numbers.dot_dimension_numbers
+    free = [a for a in range(probe.ndim) if a not in (*summed, *numbers.rhs_group_dimensions)]
+    contracted_size = math.prod(probe.shape[axis] for axis in summed)
+    multiply_adds = math.prod(equation.out.shape) * contracted_size
+    probe.record(equation, "experts", summed, free, multiply_adds)
+    return equation.bind(x, probe.array, *rest)
+
+
 @rule(_Probe, "gather")
 def _gather(equation: Equation, probe: Any, indices: Any) -> Any:
     if not isinstance(probe, _Probe) or isinstance(indices, _Probe):
         return NotImplemented
-    indexed = equation.params["dimension_numbers"].start_index_map
+    numbers = equation.params["dimension_numbers"]
+    indexed = numbers.start_index_map
     free = [axis for axis in range(probe.ndim) if axis not in indexed]
-    probe.record(equation, "embedding", indexed, free, 0)
-    return equation.bind(probe.array, indices)
+    still_a_weight = len(free) > 1
+    probe.record(equation, "embedding", indexed, free, 0, still_a_weight)
+    array = equation.bind(probe.array, indices)
+    if not still_a_weight or numbers.operand_batching_dims:
+        return array
+    shown = iter(axis for axis in range(probe.ndim) if axis not in numbers.collapsed_slice_dims)
+    axes = tuple(
+        probe.axes[next(shown)] if place in numbers.offset_dims else ()
+        for place in range(array.ndim)
+    )
+    return dataclasses.replace(probe, array=array, axes=axes)
 
 
 @rule(_Probe, "convert_element_type")
@@ -306,3 +362,70 @@ def _broadcast_in_dim(equation: Equation, probe: Any, *sizes: Any) -> Any:
     places = dict(zip(equation.params["broadcast_dimensions"], probe.axes))
     axes = tuple(places.get(axis, ()) for axis in range(array.ndim))
     return dataclasses.replace(probe, array=array, axes=axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which path each use of each adapted leaf takes; `str` gives the table.
+
+    Attributes:
+      low_rank: from the leaf's path to the operations that meet its factors.
+      dense: from the leaf's path to the operations that its exact dense array is built for.
+    """
+
+    low_rank: dict[str, tuple[str, ...]]
+    dense: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        width = max([*map(len, self.low_rank), 4])
+        lines = []
+        for path in self.low_rank:
+            uses = [f"{primitive}: low-rank" for primitive in self.low_rank[path]]
+            uses += [
+                f"{primitive}: dense, it has no low-rank rule here"
+                for primitive in self.dense[path]
+            ]
+            lines.append(f"{path.ljust(width)}  {'; '.join(uses) or 'not used'}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Explainer(Context):
+    """A context that writes down which path each use takes."""
+
+    low_rank: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
+    dense: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
+
+    def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
+        self.dense.setdefault(leaf.name(), {})[primitive] = None
+        return leaf.materialise()
+
+    def note(self, leaf: ArrayLeaf, primitive: str) -> None:
+        self.low_rank.setdefault(leaf.name(), {})[primitive] = None
+
+    def captured(self, leaf: ArrayLeaf) -> None:
+        self.dense.setdefault(leaf.name(), {})["captured in a closure"] = None
+
+
+def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
+    """Says, before anything runs, what `jlora.adapt(fn)(params, *args)` does with each leaf.
+
+    Args:
+      fn: the function that would be adapted.
+      params: a tree from `jlora.init`, of arrays or of `ShapeDtypeStruct`s.
+      args: arrays or `ShapeDtypeStruct`s, and whatever else `fn` takes.
+    """
+    recorder = _Explainer("allow", None)
+    arrays, rebuild = _arrays_of((params, *args))
+
+    def run(arrays: list[Any]) -> list[jax.Array]:
+        out = evaluate(fn, rebuild(arrays), recorder)
+        return [leaf for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.Array)]
+
+    jax.eval_shape(run, arrays)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_array_leaf)
+    paths = [tree.path_string(key_path) for key_path, leaf in flat if is_array_leaf(leaf)]
+    return Explanation(
+        {path: tuple(recorder.low_rank.get(path, ())) for path in paths},
+        {path: tuple(recorder.dense.get(path, ())) for path in paths},
+    )

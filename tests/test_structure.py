@@ -16,6 +16,7 @@ ORDER = [
     "interpret",
     "usage",
     "lowrank",
+    "products",
     "quant",
     "lora",
     "summary",

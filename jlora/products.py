@@ -1,0 +1,271 @@
+"""Products with a weight that carries a low-rank update: two small ones beside the weight's own.
+
+Each rule runs the function's own operation on the bare weight and adds the update, which meets the
+input one factor at a time. Nothing of the weight's size is built.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.leaf import Equation, is_array_leaf, rule
+from jlora.lowrank import LowRank, contract
+
+__all__: list[str] = []  # importing this module registers its rules
+
+
+def _product(
+    x: jax.Array,
+    x_axes: Sequence[Any],
+    leaf: LowRank,
+    leaf_axes: Sequence[Any],
+    out_axes: Sequence[Any],
+    out: jax.ShapeDtypeStruct,
+    precision: Any = None,
+) -> jax.Array:
+    """`scaling * (x . u) . v` for any contraction of `x` with the weight."""
+    rank = "rank"
+    factors = [(f.astype(leaf.dtype), [*leaf_axes, rank]) for f in (leaf.u, leaf.v)]
+    sizes = dict(zip(leaf_axes, leaf.shape)) | dict(zip(x_axes, x.shape))
+    sizes[rank] = leaf.u.shape[-1]
+
+    def axes_between(first: Any, second: Any) -> list[Any]:
+        present = [*x_axes, *(axis for axis in _owned(*first) if axis not in x_axes)]
+        later = {rank, *out_axes, *_owned(*second)}
+        return [axis for axis in present if axis in later and axis != rank] + [rank]
+
+    first, second = min(
+        (factors, factors[::-1]),
+        key=lambda order: math.prod(sizes[axis] for axis in axes_between(*order)),
+    )
+    between = axes_between(first, second)
+    hidden = contract(x, x_axes, *first, between, precision=precision)
+    update = contract(
+        leaf.scaling * hidden,
+        between,
+        *second,
+        out_axes,
+        precision=precision,
+        preferred_element_type=out.dtype,
+    )
+    return jnp.broadcast_to(update, out.shape).astype(out.dtype)
+
+
+def _owned(factor: jax.Array, axes: Sequence[Any]) -> list[Any]:
+    return [axis for axis, size in zip(axes, factor.shape) if size > 1]
+
+
+@rule(LowRank, "dot_general")
+def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
+    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    context = equation.context
+    if isinstance(left, LowRank):
+        leaf, x = left, right
+        leaf_dims, x_dims = (left_summed, left_batch), (right_summed, right_batch)
+    else:
+        leaf, x = right, left
+        leaf_dims, x_dims = (right_summed, right_batch), (left_summed, left_batch)
+    if is_array_leaf(x):
+        x = context.materialise(x, equation.name)
+    if not leaf_dims[0]:
+        return NotImplemented  # an outer product is as large as anything dense
+    leaf_axes: list[Any] = [("w", axis) for axis in range(leaf.ndim)]
+    x_axes: list[Any] = [("x", axis) for axis in range(x.ndim)]
+    for x_group, leaf_group in zip(x_dims, leaf_dims):
+        for x_axis, leaf_axis in zip(x_group, leaf_group):
+            x_axes[x_axis] = leaf_axes[leaf_axis]
+    batch = [leaf_axes[axis] for axis in leaf_dims[1]]
+    leaf_free = [axis for axis in leaf_axes if axis not in x_axes]
+    x_free = [axis for axis in x_axes if axis not in leaf_axes]
+    free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
+    base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
+    update = _product(
+        _drop_out(x, leaf, context.key),
+        x_axes,
+        leaf,
+        leaf_axes,
+        [*batch, *free],
+        equation.out,
+        equation.params["precision"],
+    )
+    return base + update
+
+
+def _drop_out(x: jax.Array, leaf: LowRank, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share of the product's inputs and scales up the rest, as PEFT does."""
+    if key is None or leaf.dropout == 0:
+        return x
+    key = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
+    kept = jax.random.bernoulli(key, 1 - leaf.dropout, x.shape)
+    return jnp.where(kept, x / (1 - leaf.dropout), 0).astype(x.dtype)
+
+
+@rule(LowRank, "gather")
+def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
+    """Rows of the weight (an embedding, one layer of a stack) from rows of its factors."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    indexed = numbers.start_index_map
+    if (
+        not isinstance(leaf, LowRank)
+        or is_array_leaf(indices)
+        or numbers.operand_batching_dims
+        or tuple(sorted(indexed)) != tuple(numbers.collapsed_slice_dims)
+        or any(sizes[axis] != leaf.shape[axis] for axis in range(leaf.ndim) if axis not in indexed)
+    ):
+        return NotImplemented
+    kept = [axis for axis in range(leaf.ndim) if axis not in indexed]
+    num_batch = indices.ndim - 1
+    offsets = iter(kept)
+    batch = iter(range(num_batch))
+    out_axes = [
+        ("w", next(offsets)) if place in numbers.offset_dims else ("index", next(batch))
+        for place in range(len(equation.out.shape))
+    ]
+    factors = [
+        _gather_rows(equation, factor, indices, [a for a in indexed if factor.shape[a] > 1])
+        for factor in (leaf.u, leaf.v)
+    ]
+    base = equation.bind(leaf.w, indices)
+    if any(leaf.u.shape[a] > 1 for a in kept) and any(leaf.v.shape[a] > 1 for a in kept):
+        return _gathered_weight(leaf, base, factors, num_batch, out_axes)
+    factor_axes = [*(("index", i) for i in range(num_batch)), *(("w", a) for a in kept), "rank"]
+    u, v = (factor.astype(leaf.dtype) for factor in factors)
+    update = contract(
+        leaf.scaling * u, factor_axes, v, factor_axes, out_axes,
+        preferred_element_type=equation.out.dtype,
+    )  # fmt: skip
+    return base + jnp.broadcast_to(update, equation.out.shape).astype(equation.out.dtype)
+
+
+def _gathered_weight(
+    leaf: LowRank,
+    base: Any,
+    factors: Sequence[jax.Array],
+    num_batch: int,
+    out_axes: Sequence[tuple[str, int]],
+) -> LowRank:
+    """Weights picked from a stack are weights still; the picks become axes that both own."""
+    kept = [axis for kind, axis in out_axes if kind == "w"]
+    order = [axis if kind == "index" else num_batch + kept.index(axis) for kind, axis in out_axes]
+    u, v = (factor.transpose(*order, factor.ndim - 1) for factor in factors)
+    return dataclasses.replace(leaf, w=base, u=u, v=v)
+
+
+def _gather_rows(
+    equation: Equation, factor: jax.Array, indices: jax.Array, axes: Sequence[int]
+) -> jax.Array:
+    """Indexes the axes that a factor owns: `[*indices, *other axes, rank]`, size 1 if none."""
+    numbers = equation.params["dimension_numbers"]
+    num_batch = indices.ndim - 1
+    if not axes:
+        squeezed = lax.squeeze(factor, numbers.start_index_map)
+        return lax.expand_dims(squeezed, range(num_batch))
+    dropped = [axis for axis in numbers.start_index_map if axis not in axes]
+    factor = lax.squeeze(factor, dropped)
+    places = tuple(axis - sum(other < axis for other in dropped) for axis in axes)
+    columns = jnp.asarray([numbers.start_index_map.index(axis) for axis in axes])
+    return lax.gather(
+        factor,
+        indices if not dropped else indices[..., columns],
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(num_batch, num_batch + factor.ndim - len(places))),
+            collapsed_slice_dims=tuple(sorted(places)),
+            start_index_map=places,
+        ),
+        tuple(1 if axis in places else size for axis, size in enumerate(factor.shape)),
+        mode=equation.params["mode"],
+        fill_value=equation.params["fill_value"],
+    )
+
+
+@rule(LowRank, "conv_general_dilated")
+def _convolution(equation: Equation, x: Any, leaf: Any) -> Any:
+    """A convolution with `u` into the rank, then a product over channels with `v`."""
+    params = equation.params
+    out_axis, in_axis, *spatial = params["dimension_numbers"].rhs_spec
+    groups = params["feature_group_count"]
+    if is_array_leaf(x) or params["batch_group_count"] != 1:
+        return NotImplemented
+    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
+    if u.shape[out_axis] > 1:
+        u, v = v, u
+    if u.shape[out_axis] > 1 or any(v.shape[axis] > 1 for axis in (in_axis, *spatial)):
+        return NotImplemented  # the factors are not those of input and output
+    rank = u.shape[-1]
+    kernel = jnp.moveaxis(lax.squeeze(u, (out_axis,)), -1, out_axis)
+    kernel = jnp.concatenate([kernel] * groups, out_axis)  # every group has its own rank inputs
+    hidden = equation.bind_as(
+        params | {"preferred_element_type": None},
+        _drop_out(x, leaf, equation.context.key),
+        kernel,
+    )
+    channel = params["dimension_numbers"].out_spec[1]
+    by_group = (*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :])
+    v = v.reshape(groups, -1, rank)  # [groups out/groups rank]
+    axes = list(range(hidden.ndim))
+    before, after = axes[:channel], axes[channel + 1 :]
+    update = contract(
+        leaf.scaling * hidden.reshape(by_group),
+        [*before, "group", "rank", *after],
+        v,
+        ["group", "out", "rank"],
+        [*before, "group", "out", *after],
+        precision=_first_precision(params["precision"]),
+        preferred_element_type=equation.out.dtype,
+    )
+    spread = (*by_group[:channel], *v.shape[:2], *by_group[channel + 2 :])
+    update = jnp.broadcast_to(update, spread)
+    base = equation.bind(x, leaf.w)
+    return base + update.reshape(equation.out.shape).astype(equation.out.dtype)
+
+
+def _first_precision(precision: Any) -> Any:
+    return precision[0] if isinstance(precision, tuple) else precision
+
+
+@rule(LowRank, "ragged_dot_general")
+def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset: Any) -> Any:
+    """Experts on sorted rows: the rows of each group meet that group's factors."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (x_summed, w_summed), (x_batch, _) = numbers.dot_dimension_numbers
+    if (
+        is_array_leaf(x)
+        or offset
+        or x_batch
+        or len(w_summed) != 1
+        or leaf.ndim != 3
+        or x.ndim != 2
+        or tuple(numbers.lhs_ragged_dimensions) == tuple(x_summed)
+    ):
+        return NotImplemented
+    (group,), (summed,) = numbers.rhs_group_dimensions, w_summed
+    (free,) = {0, 1, 2} - {group, summed}
+    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
+    if v.shape[summed] > 1:
+        u, v = v, u
+    if u.shape[free] > 1 or v.shape[summed] > 1:
+        return NotImplemented
+    num_groups, rank = leaf.shape[group], u.shape[-1]
+    u = u.transpose(group, summed, 3, free).reshape(u.shape[group], -1, rank)
+    v = v.transpose(group, summed, 3, free).reshape(v.shape[group], rank, -1)
+    u, v = (jnp.broadcast_to(f, (num_groups, *f.shape[1:])) for f in (u, v))
+    u = jnp.broadcast_to(u, (num_groups, leaf.shape[summed], rank))
+    v = jnp.broadcast_to(v, (num_groups, rank, leaf.shape[free]))
+    rows = _drop_out(x, leaf, equation.context.key)
+    rows = rows if tuple(x_summed) == (1,) else rows.T
+    precision = equation.params["precision"]
+    hidden = lax.ragged_dot(rows, u, group_sizes, precision=precision)
+    update = lax.ragged_dot(
+        leaf.scaling * hidden,
+        v,
+        group_sizes,
+        precision=precision,
+        preferred_element_type=equation.out.dtype,
+    )
+    return equation.bind(x, leaf.w, group_sizes) + update.astype(equation.out.dtype)
