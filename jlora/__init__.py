@@ -22,6 +22,8 @@ __all__ = [
     "find_weights",
     "init",
     "labels",
+    "lora_fa",
+    "lora_plus",
     "merge_params",
     "optimizer",
     "split",
@@ -30,7 +32,11 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOMES = {"optimizer": "optim"}  # these names import more than jax
+_HOMES = {
+    "lora_fa": "optim",
+    "lora_plus": "optim",
+    "optimizer": "optim",
+}  # these names import more than jax
 _MODULES = (
     "chat",
     "checkpoint",
@@ -42,6 +48,7 @@ _MODULES = (
     "optim",
     "peft",
     "report",
+    "sharding",
     "train",
 )
 

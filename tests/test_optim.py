@@ -68,3 +68,36 @@ def test_labels_that_are_unknown_or_have_no_transformation_are_refused(setup):
         jlora.optimizer({"lora_c": optax.sgd(1.0)}, config)
     with pytest.raises(ValueError, match=r"\['full', 'lora_b'\]"):
         jlora.optimizer({"lora_a": optax.sgd(1.0)}, config).init(params)
+
+
+def test_lora_plus_trains_b_faster_by_the_ratio(setup):
+    params, config = setup
+    trainable, _ = jlora.split(params, config)
+    for rate in (0.5, lambda step: 0.5):
+        tx = jlora.lora_plus(optax.sgd, rate, config, ratio=16)
+        updates, _ = tx.update(ones_like(trainable), tx.init(trainable), trainable)
+        assert np.all(updates["w"].a == -0.5)
+        assert np.all(updates["w"].b == -8)
+        assert np.all(updates["bias"] == -0.5)
+    with pytest.raises(ValueError, match="at least 1"):
+        jlora.lora_plus(optax.sgd, 1.0, config, ratio=0.5)
+
+
+def test_lora_fa_steps_the_product_along_the_projected_dense_gradient():
+    config = jlora.LoraConfig(rank=2, alpha=6, targets=("w",), axes={"w": ("stack", "in", "out")})
+    key = jax.random.key(0)
+    params = jlora.init(key, {"w": jnp.ones((3, 6, 4))}, config)
+    trainable, _ = jlora.split(params, config)
+    dense = jax.random.normal(key, (3, 6, 4))  # the gradient of the dense weight
+    a, scaling = trainable["w"].a, trainable["w"].scaling
+    grads = ones_like(trainable)
+    grads["w"] = jlora.LoraArray(
+        None, grads["w"].a, scaling * jnp.einsum("sir,sio->sro", a, dense),
+        scaling=scaling, axes=trainable["w"].axes,
+    )  # fmt: skip
+    tx = jlora.lora_fa(optax.sgd(1.0), config)
+    updates, _ = tx.update(grads, tx.init(trainable), trainable)
+    assert not np.any(updates["w"].a)
+    stepped = scaling * jnp.einsum("sir,sro->sio", a, updates["w"].b)
+    projector = jnp.einsum("sir,srj->sij", a, jnp.linalg.pinv(a))
+    np.testing.assert_allclose(stepped, -projector @ dense, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,119 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora import sharding
+
+RULES = (
+    ("*/up", P(None, "fsdp", "tensor")),
+    ("*/down", P(None, "tensor", "fsdp")),
+    ("embed", P("tensor", "fsdp")),
+    ("*", P()),
+)
+CONFIG = jlora.LoraConfig(rank=2, targets=("up", "down", "embed"))
+TOKENS = jnp.arange(32).reshape(8, 4) % 16
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def forward(params, tokens):
+    def layer(x, w):
+        return x + jax.nn.silu(x @ w["up"]) @ w["down"], None
+
+    x = params["embed"][tokens]
+    return jax.lax.scan(layer, x, params["layers"])[0] @ params["embed"].T
+
+
+def make_params(key):
+    def normal(i, *shape):
+        return 0.1 * jax.random.normal(jax.random.fold_in(key, i), shape)
+
+    layers = {"up": normal(0, 3, 8, 16), "down": normal(1, 3, 16, 8)}
+    return {"layers": layers, "embed": normal(2, 16, 8), "scale": normal(3, 8)}
+
+
+def adapt_params(params):
+    return jlora.init(jax.random.key(1), params, CONFIG, fn=forward, args=(TOKENS,))
+
+
+def test_adapters_follow_their_weights(mesh):
+    abstract = jax.eval_shape(adapt_params, make_params(jax.random.key(0)))
+    placed = sharding.shardings(abstract, mesh, RULES)
+    up = placed["layers"]["up"]
+    assert (up.w.spec, up.a.spec, up.b.spec) == (
+        P(None, "fsdp", "tensor"), P(None, "fsdp", None), P(None, None, "tensor"),
+    )  # fmt: skip
+    assert (placed["embed"].a.spec, placed["embed"].b.spec) == (P("tensor", None), P(None, "fsdp"))
+    replicated = sharding.shardings(abstract, mesh, RULES, replicate=True)
+    assert replicated["layers"]["up"].a.is_fully_replicated
+    assert replicated["layers"]["up"].w.spec == P(None, "fsdp", "tensor")
+
+
+def test_an_axis_that_does_not_divide_is_replicated_with_a_note(mesh, caplog):
+    shape = jax.ShapeDtypeStruct((3, 8, 15), jnp.float32)
+    with caplog.at_level(logging.WARNING, logger="jlora"):
+        placed = sharding.shardings({"layers": {"up": shape}}, mesh, RULES)
+    assert placed["layers"]["up"].spec == P(None, "fsdp", None)
+    assert "15 does not divide" in caplog.text
+
+
+def test_rules_that_do_not_fit_are_refused(mesh):
+    tree = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+    with pytest.raises(ValueError, match="No sharding rule matches 'w'"):
+        sharding.shardings(tree, mesh, RULES[:3])
+    with pytest.raises(ValueError, match="model"):
+        sharding.shardings(tree, mesh, [("*", P("model"))])
+    with pytest.raises(ValueError, match="more entries"):
+        sharding.shardings(tree, mesh, [("*", P(None, None, "data"))])
+
+
+def train(params, steps=4):
+    tx = jlora.optimizer(optax.adam(0.05), CONFIG)
+    run = jlora.adapt(forward, on_unsupported="error")
+    trainable, frozen = jlora.split(params, CONFIG)
+
+    @jax.jit
+    def step(trainable, opt_state, tokens):
+        def loss_fn(trainable):
+            logits = run(jlora.combine(trainable, frozen), tokens)[:, :-1]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            return losses.mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, loss
+
+    opt_state, losses = tx.init(trainable), []
+    for _ in range(steps):
+        trainable, opt_state, loss = step(trainable, opt_state, TOKENS)
+        losses.append(float(loss))
+    return losses, trainable
+
+
+def test_a_sharded_run_gives_the_losses_of_one_device(mesh):
+    params = make_params(jax.random.key(0))
+    wanted, _ = train(adapt_params(params))
+    abstract = jax.eval_shape(adapt_params, params)
+    placed = sharding.shardings(abstract, mesh, RULES)
+    made = jax.jit(adapt_params, out_shardings=placed)(params)
+    jax.tree.map(
+        lambda x, s: None if x.sharding.is_equivalent_to(s, x.ndim) else pytest.fail(str(s)),
+        made,
+        placed,
+    )
+    for one, many in zip(jax.tree.leaves(adapt_params(params)), jax.tree.leaves(made)):
+        np.testing.assert_array_equal(one, many)  # the same adapters on 1 and on 8 devices
+    losses, trainable = train(made)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    assert losses[-1] < losses[0]
+    assert isinstance(trainable["layers"]["up"].a.sharding, NamedSharding)
