@@ -22,9 +22,11 @@ __all__ = [
     "NonFiniteError",
     "Progress",
     "TrainState",
+    "adamw",
     "cross_entropy",
     "evaluate",
     "fit",
+    "head_cross_entropy",
     "init_state",
     "learning_rate_schedule",
     "make_eval_step",
@@ -75,6 +77,54 @@ def cross_entropy(
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), jnp.sum(weights)
 
 
+def head_cross_entropy(
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    loss_mask: jax.Array,
+    *,
+    chunk_tokens: int = 512,
+) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy(head(hidden), ...)` with logits only where a target counts.
+
+    The positions that count are moved to the front of each row and go through `head` chunk by
+    chunk; chunks without any are skipped, and the backward pass computes a chunk's logits again. So
+    at most `chunk_tokens` rows of logits exist at a time, and prompt tokens cost no head at all.
+
+    Args:
+      head: from hidden states `[batch n d]` to logits `[batch n vocab]`.
+      hidden: `Float[batch length d]`.
+      targets: `Int[batch length]`.
+      loss_mask: `Float[batch length]` or `Bool[batch length]`.
+      chunk_tokens: tokens that go through `head` together.
+
+    Returns:
+      As `cross_entropy` does.
+    """
+    rows, length = targets.shape
+    width = min(length, max(1, chunk_tokens // rows))
+    order = jnp.argsort(loss_mask.astype(jnp.float32) <= 0, axis=1, stable=True)
+
+    def chunked(x: jax.Array) -> jax.Array:
+        index = order.reshape(order.shape + (1,) * (x.ndim - 2))
+        x = jnp.take_along_axis(x, index, axis=1)
+        x = jnp.pad(x, [(0, 0), (0, -length % width)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def chunk_loss(hidden: jax.Array, targets: jax.Array, loss_mask: jax.Array) -> Any:
+        return cross_entropy(head(hidden), targets, loss_mask)
+
+    def add_chunk(totals: Any, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, None]:
+        nothing = (jnp.float32(0), jnp.float32(0))
+        losses = jax.lax.cond(jnp.any(chunk[2] > 0), chunk_loss, lambda *chunk: nothing, *chunk)
+        return jax.tree.map(jnp.add, totals, losses), None
+
+    zeros = (jnp.float32(0), jnp.float32(0))
+    chunks = chunked(hidden), chunked(targets), chunked(loss_mask.astype(jnp.float32))
+    return jax.lax.scan(add_chunk, zeros, chunks)[0]
+
+
 def learning_rate_schedule(
     kind: Literal["cosine", "linear", "constant"],
     learning_rate: float,
@@ -105,6 +155,17 @@ def learning_rate_schedule(
     # The first step already moves: 1/warmup, not 0.
     warmup = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
     return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def adamw(
+    schedule: Callable[[Any], Any],
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) for `jlora.optimizer`; `weight_decay` is times the learning rate."""
+    return optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
 
 
 def make_train_step(

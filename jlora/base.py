@@ -1,0 +1,81 @@
+"""A base model with its tokenizer: loaded by folder, file or name, ready to train or to speak."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jlora
+from jlora import chat, models
+from jlora.models import decoder
+
+__all__ = ["Base", "adapt_base", "load_base", "load_tokenizer"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+    """A base model, ready to train or to speak.
+
+    Attributes:
+      name: as the user gave it.
+      model: a `Decoder`.
+      params: its weights; with adapters in place after `adapt_base`.
+      tokenizer: its tokenizer.
+    """
+
+    name: str
+    model: Any
+    params: Any
+    tokenizer: chat.Tokenizer
+
+    def apply(self, params: Any, tokens: jax.Array, **kwargs: Any) -> Any:
+        """The model's logits; knows nothing of adapters."""
+        return self.model.apply({"params": params}, tokens, **kwargs)
+
+    @functools.cached_property
+    def forward(self) -> Callable[..., Any]:
+        """`apply` on a tree with adapters."""
+        return jlora.adapt(self.apply)
+
+    @functools.cached_property
+    def init_cache(self) -> Callable[[int, int], Any]:
+        """An empty cache of (batch_size, length)."""
+        return functools.partial(decoder.init_cache, self.model.config)
+
+
+def load_tokenizer(name: str) -> chat.Tokenizer:
+    """The tokenizer of a model, without its weights."""
+    return chat.Tokenizer.from_files(models.tokenizer_files(name))
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    remat: str = "none",
+    tokenizer: chat.Tokenizer | None = None,
+) -> Base:
+    """Loads a model and its tokenizer.
+
+    Args:
+      name: a Hugging Face folder, a `.gguf` file or a name that `models.resolve` knows.
+      dtype: of the weights and the computation; "auto" is bfloat16 on GPU and TPU and float32 on
+        CPU, which has no fast bfloat16.
+      remat: as in `DecoderConfig`.
+      tokenizer: if it is there already.
+    """
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model, params = models.load(name, dtype=dtype)
+    model = type(model)(dataclasses.replace(model.config, remat=remat))
+    return Base(name, model, params, tokenizer or load_tokenizer(name))
+
+
+def adapt_base(base: Base, lora: jlora.LoraConfig, key: jax.Array) -> Base:
+    """Puts fresh adapters into the weights."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jlora.init(key, base.params, lora, fn=base.apply, args=(tokens,))
+    return dataclasses.replace(base, params=params)

@@ -1,0 +1,389 @@
+"""The `jlora` command. A user's error ends with one message on stderr and exit code 2."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jlora.base import Base
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+Fine-tune language models with LoRA in JAX.
+
+  jlora inspect configs/quickstart.yaml          what would train, before any compute
+  jlora train configs/quickstart.yaml            one YAML file, one run; run again to resume
+  jlora train configs/quickstart.yaml train.steps=20 name=short
+  jlora generate runs/quickstart                 chat with the result
+  jlora generate runs/quickstart --prompt "..."  one answer
+  jlora merge runs/quickstart -o merged/         a Hugging Face folder for transformers, vLLM, ...
+  jlora export runs/quickstart -o adapter/       a PEFT folder
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
+    try:
+        with _plain_warnings():
+            args.command(args)
+    except KeyboardInterrupt:
+        print("jlora: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        message = _message(error)
+        if debug or message is None:
+            traceback.print_exc()
+        if message is None:
+            return 1
+        print(f"jlora: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jlora", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error (or JLORA_TRACEBACK=1)"
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run_commands(commands)
+    _add_generate(commands)
+    for name, command, summary, described in (
+        ("merge", _merge, "fold the adapter into the weights", "a Hugging Face folder"),
+        ("export", _export, "write the adapter for PEFT", "a PEFT adapter folder"),
+    ):
+        sub = commands.add_parser(name, help=summary, description=f"{summary}: {described}")
+        sub.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/quickstart")
+        sub.add_argument("-o", "--output", required=True, metavar="DIR", help=described)
+        sub.set_defaults(command=command)
+    return parser
+
+
+def _add_run_commands(commands: Any) -> None:
+    for name, command, summary in (
+        ("train", _train, "train, resume, or say that a run is finished"),
+        ("inspect", _inspect, "show what would train, without training"),
+    ):
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.add_argument("config", metavar="RUN.yaml", help="the run's config file")
+        sub.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="replaces a key of the file, such as optim.learning_rate=1e-4",
+        )
+        sub.set_defaults(command=command)
+
+
+def _add_generate(commands: Any) -> None:
+    sub = commands.add_parser(
+        "generate",
+        help="chat, or answer prompts",
+        description="Without --prompt and --file: an interactive chat.",
+    )
+    sub.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, or a model")
+    sub.add_argument("--adapter", metavar="DIR", help="a PEFT adapter for a model")
+    sub.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    sub.add_argument(
+        "--file",
+        metavar="FILE",
+        help="prompts, one a line: JSON with 'messages' or 'prompt', or else plain text; the "
+        "answers go to stdout as JSON lines",
+    )
+    sub.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
+    sub.add_argument("--raw", action="store_true", help="continue the text; no chat template")
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (greedy) by default"
+    )
+    sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1.0")
+    sub.add_argument("--seed", type=int, default=0, help="of sampling")
+    sub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    sub.set_defaults(command=_generate)
+
+
+# Errors
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the source line that gave them."""
+
+    def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"jlora: note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user, or None if this is not something a user can mend."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+            return (
+                "out of memory. Lower train.batch_size (and raise train.accumulation by as much) "
+                f"or data.length, or set model.remat=full.\n{text.splitlines()[0]}"
+            )
+        return None
+    if type(error).__name__ == "NonFiniteError":
+        return text
+    mendable = (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError)
+    return text if isinstance(error, mendable) else None
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _whisper(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _quiet_libraries() -> None:
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax repeats what it raises
+
+
+# Commands. Modules are imported where they are used, so that --help does not wait for them.
+
+
+def _train(args: argparse.Namespace) -> None:
+    from jlora import config
+
+    run = config.load(args.config, args.overrides)
+    from jlora import run as runs
+
+    _quiet_libraries()
+    runs.run_training(run, _say)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from jlora import config
+
+    run = config.load(args.config, args.overrides)
+    from jlora import run as runs
+
+    runs.inspect(run, _say)
+
+
+def _load(args: argparse.Namespace) -> "Base":
+    from jlora import base, peft
+    from jlora import run as runs
+
+    _quiet_libraries()
+    if runs.is_run(args.model):
+        if args.adapter:
+            raise ValueError("A run has its own adapter; --adapter goes with a model.")
+        return runs.load_run(args.model, _whisper)[0]
+    loaded = base.load_base(args.model, dtype=args.dtype)
+    if args.adapter:
+        params, _ = peft.load(args.adapter, loaded.params)
+        loaded = dataclasses.replace(loaded, params=params)
+    return loaded
+
+
+def _merge(args: argparse.Namespace) -> None:
+    import jlora
+    from jlora import models
+    from jlora import run as runs
+
+    _quiet_libraries()
+    _refuse_occupied(args.output)
+    loaded, _ = runs.load_run(args.run, _whisper)
+    merged = jlora.merge_params(loaded.params)
+    files = models.tokenizer_files(loaded.name)
+    models.save(args.output, loaded.model, merged, tokenizer_files=files)
+    _say(f"Wrote the merged model to {args.output}.")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from jlora import peft
+    from jlora import run as runs
+
+    _quiet_libraries()
+    _refuse_occupied(args.output)
+    loaded, lora = runs.load_run(args.run, _whisper)
+    peft.save(args.output, loaded.params, lora, base_model=loaded.name)
+    _say(f"Wrote the adapter to {args.output}.")
+
+
+def _refuse_occupied(folder: str) -> None:
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{folder} is there already and not an empty folder; choose another.")
+
+
+# Generation
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts = [_as_messages(text, args.system) for text in args.prompt or ()]
+    if args.file:
+        prompts += list(_read_prompts(Path(args.file), args.system))
+        if not prompts:
+            raise ValueError(f"{args.file} holds no prompts.")
+    loaded = _load(args)
+    raw = args.raw or not loaded.tokenizer.has_chat_template
+    if not prompts:
+        _chat(loaded, args, raw)
+    elif len(prompts) == 1 and not args.file:
+        _stream(loaded, args, _encode(loaded, prompts[0], raw))
+        print()
+    else:
+        _answer_all(loaded, args, prompts, raw)
+
+
+def _as_messages(text: str, system: str | None) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": text}]
+
+
+def _read_prompts(path: Path, system: str | None) -> Iterator[list[dict[str, str]]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            yield _as_messages(line, system)
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}.") from None
+        if isinstance(row.get("messages"), list):
+            messages = row["messages"]
+            # A row of training data: its last answer is what we are to say.
+            yield (
+                messages[:-1]
+                if messages[-1:] and messages[-1].get("role") == "assistant"
+                else (messages)
+            )
+        elif isinstance(row.get("prompt"), str):
+            yield _as_messages(row["prompt"], system)
+        else:
+            raise ValueError(
+                f"{path}:{number}: expected 'messages' or 'prompt', got {sorted(row)}."
+            )
+
+
+def _encode(loaded: "Base", messages: list[dict[str, str]], raw: bool) -> list[int]:
+    from jlora import chat
+
+    if not raw:
+        return chat.encode_prompt(loaded.tokenizer, messages)
+    text = "\n".join(message["content"] for message in messages)
+    tokens = loaded.tokenizer.encode(text)
+    if not tokens:
+        raise ValueError("The prompt is empty.")
+    return tokens
+
+
+def _options(loaded: "Base", args: argparse.Namespace, turn: int = 0) -> dict[str, Any]:
+    import jax
+
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "key": jax.random.fold_in(jax.random.key(args.seed), turn),
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "eos_ids": loaded.tokenizer.eos_ids,
+        "pad_id": loaded.tokenizer.pad_id,
+    }
+
+
+def _stream(loaded: "Base", args: argparse.Namespace, prompt: list[int], turn: int = 0) -> str:
+    """Prints an answer as it comes; returns it."""
+    from jlora import generate
+
+    ids: list[int] = []
+    shown = ""
+    options = _options(loaded, args, turn)
+    for token in generate.stream(
+        loaded.forward, loaded.init_cache, loaded.params, prompt, **options
+    ):
+        ids.append(token)
+        text = loaded.tokenizer.decode(ids)
+        # A character of several tokens is not complete yet, or the text before it changes.
+        if not text.endswith("�") and text.startswith(shown):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    text = loaded.tokenizer.decode(ids)
+    print(text[len(shown) :], end="", flush=True)
+    return text
+
+
+def _answer_all(
+    loaded: "Base", args: argparse.Namespace, prompts: list[list[dict[str, str]]], raw: bool
+) -> None:
+    from jlora import generate
+
+    encoded = [_encode(loaded, messages, raw) for messages in prompts]
+    size = 8
+    for start in range(0, len(prompts), size):
+        answers = generate.generate(
+            loaded.forward,
+            loaded.init_cache,
+            loaded.params,
+            encoded[start : start + size],
+            **_options(loaded, args, start),
+        )
+        for messages, answer in zip(prompts[start : start + size], answers, strict=True):
+            row = {"prompt": messages[-1]["content"], "answer": loaded.tokenizer.decode(answer)}
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _chat(loaded: "Base", args: argparse.Namespace, raw: bool) -> None:
+    """Reads turns until end of input; /reset forgets them, /exit ends."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        _whisper("Chat: /reset starts anew, /exit or Ctrl-D ends.")
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    messages, turn = list(start), 0
+    while True:
+        try:
+            text = input("> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text.strip() == "/exit":
+            return
+        if text.strip() == "/reset":
+            messages = list(start)
+            continue
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        prompt = _encode(loaded, messages[-1:] if raw else messages, raw)
+        try:
+            answer = _stream(loaded, args, prompt, turn)
+        except KeyboardInterrupt:
+            answer = ""
+            messages.pop()
+        print()
+        if answer and not raw:
+            messages.append({"role": "assistant", "content": answer})
+        turn += 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,483 @@
+"""A run put together from its config: model, adapters, data, training, results.
+
+The model, LoRA, the data and the training loop meet here; none of them knows of the others.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+from jlora import (
+    chat,
+    checkpoint,
+    config,
+    data,
+    docstrings,
+    generate,
+    optim,
+    peft,
+    report,
+    train,
+)
+from jlora.base import Base, adapt_base, load_base, load_tokenizer
+
+__all__ = [
+    "inspect",
+    "is_run",
+    "load_run",
+    "lora_config",
+    "make_loss",
+    "make_optimizer",
+    "read_data",
+    "run_training",
+]
+
+Say = Callable[[str], None]
+
+
+def lora_config(run: config.RunConfig) -> jlora.LoraConfig:
+    """The `LoraConfig` of a run."""
+    return jlora.LoraConfig(**run.lora.model_dump())
+
+
+def make_loss(base: Base, lora: jlora.LoraConfig) -> train.LossFn:
+    """The loss of a batch as `data.Batches` gives it."""
+
+    def compute(params: Any, batch: dict[str, jax.Array]) -> Any:
+        apply = functools.partial(base.model.apply, {"params": params})
+        hidden = apply(
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            method="hidden",
+        )
+        head = functools.partial(apply, method="head")
+        return train.head_cross_entropy(head, hidden, batch["targets"], batch["loss_mask"])
+
+    def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Any:
+        dropout_key = key if lora.dropout else None
+        return jlora.adapt(compute, dropout_key=dropout_key)(params, batch)
+
+    return loss_fn
+
+
+def make_optimizer(
+    run: config.RunConfig, lora: jlora.LoraConfig, steps: int
+) -> tuple[Any, Callable[[Any], Any]]:
+    """AdamW with the run's schedule, and the schedule."""
+    optim_config = run.optim
+    schedule = train.learning_rate_schedule(
+        optim_config.schedule,
+        optim_config.learning_rate,
+        steps=steps,
+        warmup_steps=optim_config.warmup_steps,
+        final_fraction=optim_config.final_fraction,
+    )
+    adamw = train.adamw(
+        schedule,
+        beta1=optim_config.beta1,
+        beta2=optim_config.beta2,
+        weight_decay=optim_config.weight_decay,
+    )
+    return optim.optimizer(adamw, lora), schedule
+
+
+# The data
+
+
+def read_data(
+    run: config.RunConfig, tokenizer: chat.Tokenizer
+) -> tuple[list[data.Example], list[data.Example]]:
+    """Reads (training, held-out) examples."""
+    options = run.data
+    train_path, validation = options.train, options.validation
+    if train_path == "builtin:docstrings":
+        train_path, own = docstrings.write_dataset(_cache_folder())
+        validation = str(own) if validation is None else validation
+    elif str(train_path).startswith("builtin:"):
+        raise ValueError(
+            f"data.train: got {train_path!r}, expected 'builtin:docstrings' or a file."
+        )
+
+    def read(path: str | Path) -> list[data.Example]:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"There is no data file {path}.")
+        return data.read_examples(
+            path,
+            tokenizer,
+            max_length=options.length,
+            format=options.format,
+            text_field=options.text_field,
+            completions_only=options.completions_only,
+            too_long=options.too_long,
+        )
+
+    held_out: float | int | list[data.Example]
+    held_out = read(validation) if isinstance(validation, str) else validation or 0
+    return data.split(read(train_path), held_out, run.seed)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
+
+
+def _digest(*parts: Sequence[data.Example]) -> str:
+    """Of all tokens and masks: a resumed run must find the data it began with."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for example in part:
+            digest.update(np.asarray(example.tokens, np.int32).tobytes())
+            digest.update(np.asarray(example.loss_mask, np.bool_).tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+# Training
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """A run put together, before its first step."""
+
+    run: config.RunConfig
+    base: Base
+    lora: jlora.LoraConfig
+    examples: list[data.Example]
+    batches: data.Batches
+    held_out: list[data.Example]
+    steps: int
+    metadata: dict[str, Any]
+
+
+def run_training(run: config.RunConfig, say: Say) -> None:
+    """Does what `jlora train` does: begins a run, resumes it, or says that it is finished.
+
+    Args:
+      run: from `config.load`.
+      say: told what a user should know.
+    """
+    folder = run.folder
+    if _is_finished(run, say):
+        return
+    with _lock(folder), _StopSignal(say) as stop:
+        job = _prepare(run, say)
+        config.save(folder / "config.yaml", run)
+        checkpoints = checkpoint.Checkpoints(
+            folder / "checkpoints", keep=run.checkpoint.keep, on_message=say
+        )
+        with contextlib.closing(checkpoints):
+            result = _fit(job, checkpoints, stop, say)
+            if result.reason == "interrupted":
+                say(
+                    f"Interrupted; saved at step {result.progress.step} of {job.steps}. "
+                    "The same command resumes."
+                )
+                return
+            trainable = _choose(job, result, checkpoints, say)
+        _finish(job, result, trainable, say)
+
+
+def inspect(run: config.RunConfig, say: Say) -> None:
+    """Does what `jlora inspect` does: shows the data and what would train."""
+    job = _prepare(run, say)
+    example = data.preview(job.examples[0], job.base.tokenizer)
+    say(f"The first example, with what counts in the loss in \u27e6...\u27e7:\n{example}")
+    tokens = run.train.batch_size * run.train.accumulation * run.data.length
+    say(f"{job.steps} steps of at most {tokens:,} tokens, into {run.folder}.")
+
+
+def _is_finished(run: config.RunConfig, say: Say) -> bool:
+    """Compares with what the folder holds; raises if that is another run's."""
+    folder = run.folder
+    saved = folder / "config.yaml"
+    begun = (folder / "result.json").exists() or any((folder / "checkpoints").glob("[0-9]*"))
+    if not begun or not saved.exists():
+        return False
+    if changed := config.differences(config.load(saved), run):
+        raise ValueError(
+            f"{folder} holds a run with another config:\n  "
+            + "\n  ".join(changed)
+            + f"\nUndo the change to resume it, or choose another name (now {run.name!r})."
+        )
+    if not (folder / "result.json").exists():
+        return False
+    result = json.loads((folder / "result.json").read_text())
+    say(f"{folder} is finished: {_outcome(result)}. To train again, choose another name.")
+    return True
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    before, after = result["eval_loss_before"], result["eval_loss"]
+    text = f"{result['steps']} steps"
+    if before is not None:
+        text += f", held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %)"
+    return f"{text}, adapter in {result['adapter']}"
+
+
+def _prepare(run: config.RunConfig, say: Say) -> _Job:
+    """Everything that can be wrong is found here, the cheapest first."""
+    lora = lora_config(run)
+    tokenizer = load_tokenizer(run.model.path)
+    examples, held_out = read_data(run, tokenizer)
+    batches = data.Batches(
+        examples,
+        batch_size=run.train.batch_size,
+        length=run.data.length,
+        seed=run.seed,
+        pack=run.data.pack,
+    )
+    steps = run.train.steps or math.ceil(
+        batches.count(run.train.epochs or 1) / run.train.accumulation
+    )
+    make_optimizer(run, lora, steps)
+    targets = sum(example.num_targets for example in examples)
+    say(
+        f"{len(examples):,} training examples with {sum(map(len, examples)):,} tokens, of which "
+        f"{targets:,} count in the loss; {len(held_out):,} held-out examples."
+    )
+    base = load_base(
+        run.model.path, dtype=run.model.dtype, remat=run.model.remat, tokenizer=tokenizer
+    )
+    base = adapt_base(base, lora, jax.random.key(run.seed))
+    say(str(jlora.summary(base.params, lora)))
+    metadata = {"lora": json.loads(lora.to_json()), "data": _digest(examples, held_out)}
+    return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
+
+
+def _fit(
+    job: _Job, checkpoints: checkpoint.Checkpoints, stop: "_StopSignal", say: Say
+) -> train.FitResult:
+    run, lora = job.run, job.lora
+    tx, schedule = make_optimizer(run, lora, job.steps)
+    trainable, frozen = jlora.split(job.base.params, lora)
+    # Copies, because the state is donated and the originals answer the "before" of samples.md.
+    state = train.init_state(jax.tree.map(jnp.copy, trainable), tx)
+    progress = train.Progress()
+    restored = checkpoints.restore(state, expect=job.metadata)
+    if restored is not None:
+        state = restored.tree
+        progress = train.Progress(**restored.metadata["progress"])
+        say(f"Resuming at step {restored.step} of {job.steps}.")
+    loss_fn = make_loss(job.base, lora)
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(job.steps)), np.float64)
+    log = report.MetricsLog(
+        run.folder / "metrics.jsonl", resume_at=None if restored is None else restored.step
+    )
+    with (
+        contextlib.closing(log),
+        report.ProgressReport(job.steps, start=progress.step) as shown,
+    ):
+        return train.fit(
+            state,
+            frozen,
+            train_step=train.make_train_step(loss_fn, tx, clip_norm=run.optim.clip_norm),
+            batch=job.batches.batch,
+            key=jax.random.key(run.seed + 1),
+            steps=job.steps,
+            accumulation=run.train.accumulation,
+            progress=progress,
+            evaluate=_evaluation(job, loss_fn, frozen),
+            eval_every=run.eval.every,
+            patience=run.eval.patience,
+            checkpoints=checkpoints,
+            save_every=run.checkpoint.every,
+            metadata=job.metadata,
+            callbacks=(log, shown),
+            learning_rate=lambda step: float(rates[step]),
+            count_tokens=lambda batch: int(np.count_nonzero(batch["segment_ids"])),
+            should_stop=stop,
+        )
+
+
+def _evaluation(job: _Job, loss_fn: train.LossFn, frozen: Any) -> Callable[[Any], float] | None:
+    if not job.held_out:
+        return None
+    held_out = data.Batches(
+        job.held_out,
+        batch_size=job.run.eval.batch_size or job.run.train.batch_size,
+        length=job.run.data.length,
+        seed=0,
+        shuffle=False,
+        pack=job.run.data.pack,
+    )
+    batches = list(held_out.epoch())[: job.run.eval.batches]
+    eval_step = train.make_eval_step(loss_fn)
+    return lambda trainable: train.evaluate(eval_step, trainable, frozen, batches)
+
+
+def _choose(
+    job: _Job, result: train.FitResult, checkpoints: checkpoint.Checkpoints, say: Say
+) -> Any:
+    """The trained leaves to keep: the last, or with `eval.patience` the best."""
+    best = result.progress.best_step
+    if result.reason == "early":
+        say(f"Stopped at step {result.progress.step}: no better evaluation since step {best}.")
+    if not job.run.eval.patience or best == result.progress.step:
+        return result.state.trainable
+    if not best:
+        say("No evaluation was better than the one before training; keeping the last step.")
+        return result.state.trainable
+    template = jax.eval_shape(lambda: result.state)
+    restored = checkpoints.restore(template, step=best)
+    assert restored is not None
+    say(f"Taking the adapter of step {best}, the best on held-out rows.")
+    return restored.tree.trainable
+
+
+def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> None:
+    """Writes what a run leaves; result.json last, which marks it finished."""
+    run, folder, progress = job.run, job.run.folder, result.progress
+    _, frozen = jlora.split(job.base.params, job.lora)
+    trained = jlora.combine(trainable, frozen)
+    peft.save(folder / "adapter", trained, job.lora, base_model=run.model.path)
+    lines = list(report.read_metrics(folder / "metrics.jsonl"))
+    report.plot_losses(folder / "loss.png", lines, title=run.name)
+    if run.eval.samples and job.held_out:
+        _write_samples(job, trained)
+    outcome = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "reason": result.reason,
+        "eval_loss_before": progress.first_loss,
+        "eval_loss": progress.best_loss if run.eval.patience else progress.last_loss,
+        "best_step": progress.best_step,
+        "adapter": str(folder / "adapter"),
+    }
+    report.write_text(folder / "result.json", json.dumps(outcome, indent=2) + "\n")
+    say(f"Done: {_outcome(outcome)}.")
+
+
+def _write_samples(job: _Job, trained: Any) -> None:
+    """Answers greedily with fresh adapters, which is the base, and with the trained ones."""
+    tokenizer, count = job.base.tokenizer, job.run.eval.samples
+    chosen = job.held_out[:: max(1, len(job.held_out) // count)][:count]
+    cuts = [_prompt_length(example) for example in chosen]
+    prompts = [example.tokens[:cut].tolist() for example, cut in zip(chosen, cuts, strict=True)]
+    before, after = (
+        generate.generate(
+            job.base.forward,
+            job.base.init_cache,
+            params,
+            prompts,
+            max_new_tokens=job.run.eval.sample_tokens,
+            key=jax.random.key(0),
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+        )
+        for params in (job.base.params, trained)
+    )
+    samples = [
+        report.Sample(
+            prompt=tokenizer.decode(prompts[i]),
+            reference=tokenizer.decode(chosen[i].tokens[cuts[i] :].tolist()),
+            before=tokenizer.decode(before[i]),
+            after=tokenizer.decode(after[i]),
+        )
+        for i in range(len(chosen))
+    ]
+    note = (
+        f"Held-out prompts that training never saw, answered greedily by {job.run.model.path} and "
+        f"by the same model with the adapter of this run ({job.steps} steps)."
+    )
+    report.write_samples(job.run.folder / "samples.md", samples, note=note)
+
+
+def _prompt_length(example: data.Example) -> int:
+    """Up to the first trained token; for plain text, where all are, the first half."""
+    trained = np.flatnonzero(example.loss_mask[1:]) + 1
+    first = int(trained[0]) if len(trained) else len(example)
+    return first if first > 1 else max(1, len(example) // 2)
+
+
+# A run that is there
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether this is the folder of a run."""
+    folder = Path(folder)
+    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
+
+
+def load_run(folder: str | os.PathLike[str], say: Say) -> tuple[Base, jlora.LoraConfig]:
+    """Loads the base model of a run with its adapter: the result, or the newest checkpoint's."""
+    folder = Path(folder)
+    if not is_run(folder):
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml.")
+    run = config.load(folder / "config.yaml")
+    base = load_base(run.model.path, dtype=run.model.dtype)
+    if (folder / "result.json").exists():
+        params, lora = peft.load(folder / "adapter", base.params)
+        return dataclasses.replace(base, params=params), lora
+    lora = lora_config(run)
+    base = adapt_base(base, lora, jax.random.key(run.seed))
+    trainable, frozen = jlora.split(base.params, lora)
+    if not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
+    with contextlib.closing(
+        checkpoint.Checkpoints(folder / "checkpoints", read_only=True, on_message=say)
+    ) as checkpoints:
+        tx, _ = make_optimizer(run, lora, run.train.steps or run.optim.warmup_steps + 1)
+        template = train.init_state(trainable, tx)
+        restored = checkpoints.restore(template, expect={"lora": json.loads(lora.to_json())})
+    if restored is None:
+        raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
+    say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
+    params = jlora.combine(restored.tree.trainable, frozen)
+    return dataclasses.replace(base, params=params), lora
+
+
+# The process
+
+
+class _StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into an answer to `fit`; the second Ctrl-C ends at once."""
+
+    def __init__(self, say: Say):
+        self._say = say
+        self._seen = False
+        self._previous: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self._seen
+
+    def __enter__(self) -> "_StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._seen = True
+        self._say("Stopping: this step is finished and saved first. Ctrl-C again stops at once.")
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps a second process from writing to the same run; the kernel lets go of a killed one's."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another process is training in {folder}.") from None
+        yield
