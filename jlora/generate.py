@@ -352,6 +352,6 @@ def _until_stop(row: list[int], stops: set[int]) -> list[int]:
 def _refuse_nan(token: int) -> None:
     if token == _NAN:
         raise FloatingPointError(
-            "The model's logits hold a NaN, so no token can be drawn. The weights or the adapter "
-            "are broken (a diverged run?), or the compute dtype is too narrow for them."
+            "The model's logits hold a NaN, so no token can be drawn: a prompt has a token outside "
+            "the vocabulary, or the weights or the adapter are broken (a diverged run?)."
         )

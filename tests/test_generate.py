@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jlora
 from jlora.generate import generate, nucleus, sample, stream
+from jlora.models.decoder import Decoder, DecoderConfig, init_cache
 
 VOCAB, DIM, HEADS = 40, 32, 4
 
@@ -86,6 +88,82 @@ def test_a_ragged_batch_equals_its_prompts_one_by_one():
     params = toy_params(1)
     batch = toy(params, PROMPTS, max_new_tokens=24, key=KEY)
     assert batch == [toy(params, [p], max_new_tokens=24, key=KEY)[0] for p in PROMPTS]
+
+
+MODEL = Decoder(
+    DecoderConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+    )
+)
+CONFIG = jlora.LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj", "down_proj"))
+
+
+@jlora.adapt
+def decoder(params, tokens, **rest):
+    return MODEL.apply({"params": params}, tokens, **rest)
+
+
+decoder_cache = functools.partial(init_cache, MODEL.config)
+
+
+@functools.cache
+def decoder_params():
+    """Random weights and adapters whose `b` is not zero, large enough for varied texts."""
+    tokens = jnp.zeros((1, 4), jnp.int32)
+
+    def make(key):
+        params = MODEL.init(key, tokens)["params"]
+        return jlora.init(key, params, CONFIG, fn=decoder, args=(tokens,))
+
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(make, KEY)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
+
+
+@functools.cache
+def decoder_texts():
+    """What full forward passes give, without a cache, for each prompt."""
+    logits = jax.jit(decoder)
+    texts = []
+    for prompt in PROMPTS:
+        tokens = np.zeros((1, 64), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        for end in range(len(prompt), len(prompt) + 32):
+            tokens[0, end] = logits(decoder_params(), tokens)[0, end - 1].argmax()
+        texts.append(tokens[0, len(prompt) : len(prompt) + 32].tolist())
+    return texts
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapted_decoder_generates_what_full_forward_passes_give(merged):
+    params = decoder_params()
+    params = jlora.merge_params(params) if merged else params
+    options = dict(max_new_tokens=32, key=KEY)
+    assert generate(decoder, decoder_cache, params, PROMPTS, **options) == decoder_texts()
+    streamed = stream(decoder, decoder_cache, params, PROMPTS[1], **options)
+    assert list(streamed) == decoder_texts()[1]
+
+
+def test_the_adapter_changes_the_decoders_text():
+    base = jax.tree.map(
+        lambda leaf: leaf.w if isinstance(leaf, jlora.LoraArray) else leaf,
+        decoder_params(),
+        is_leaf=lambda leaf: isinstance(leaf, jlora.LoraArray),
+    )
+    texts = generate(decoder, decoder_cache, base, PROMPTS, max_new_tokens=32, key=KEY)
+    assert all(text != other for text, other in zip(texts, decoder_texts(), strict=True))
+    assert all(len(set(text)) > 2 for text in decoder_texts())
+
+
+def test_a_prompt_outside_the_vocabulary_is_refused():
+    with pytest.raises(FloatingPointError, match="outside the vocabulary"):
+        generate(decoder, decoder_cache, decoder_params(), [[1, 97]], max_new_tokens=2, key=KEY)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
