@@ -339,7 +339,6 @@ def _replacing(directory: Path) -> Iterator[Path]:
     try:
         yield staging
         _flush(staging)
-        staging.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
         if directory.exists():
             directory.rename(old)
         staging.rename(directory)
@@ -370,15 +369,14 @@ def _refuse_other_files(directory: Path) -> None:
 
 
 def _flush(directory: Path) -> None:
+    """Puts the files on the disk, readable by whom the user's umask lets."""
+    mask = os.umask(0)
+    os.umask(mask)
     for file in directory.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        file.chmod(0o666 & ~mask)  # safetensors and mkdtemp make files for their owner alone
+    directory.chmod(0o777 & ~mask)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
