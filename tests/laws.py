@@ -1,5 +1,7 @@
 """What several test files check adapted functions with."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ def randomise(params, key, scale=0.3):
             return leaf
         leaf_key = jax.random.fold_in(key, sum(map(ord, path)))
         b = scale * jax.random.normal(leaf_key, leaf.b.shape, leaf.b.dtype)
-        return jlora.LoraArray(leaf.w, leaf.a, b, scaling=leaf.scaling, axes=leaf.axes)
+        return dataclasses.replace(leaf, b=b)
 
     return jlora.tree.map_with_path(randomise_leaf, params, is_leaf=is_lora)
 
@@ -34,7 +36,7 @@ def assert_adapted_equals_dense(fn, params, *args, rtol=1e-5, gradients=True, **
 
     def with_factors(factors):
         return jax.tree.map(
-            lambda x, f: jlora.LoraArray(x.w, *f, scaling=x.scaling, axes=x.axes) if f else x,
+            lambda x, f: dataclasses.replace(x, a=f[0], b=f[1]) if f else x,
             params,
             factors,
             is_leaf=is_lora,
