@@ -10,41 +10,16 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 
 # The order of dependency and of reading. A module imports only from modules above it.
+# fmt: off
 ORDER = [
-    "tree",
-    "leaf",
-    "interpret",
-    "usage",
-    "lowrank",
-    "products",
-    "quant",
-    "lora",
-    "summary",
-    "variants",
-    "optim",
-    "sharding",
-    "models.decoder",
-    "models.hf",
-    "models.gguf",
-    "models.hub",
-    "models",
-    "peft_names",
-    "peft_folder",
-    "peft",
-    "checkpoint",
-    "chat",
-    "packing",
-    "data",
-    "docstrings",
-    "train",
-    "generate",
-    "bench",
-    "plan",
-    "config",
-    "report",
-    "run",
-    "cli",
+    "tree", "leaf", "interpret", "usage", "lowrank", "products", "quant", "lora", "summary",
+    "variants", "optim", "sharding",
+    "models.attention", "models.decoder", "models.hf_config", "models.hf", "models.gguf_tokenizer",
+    "models.gguf", "models.hub", "models",
+    "peft_names", "peft_folder", "peft", "checkpoint", "chat", "packing", "data", "docstrings",
+    "train", "generate", "bench", "plan", "base", "config", "report", "run", "cli",
 ]
+# fmt: on
 
 # Outside packages that have one home each, and where that is.
 HOMES = {
