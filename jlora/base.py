@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 
 import jlora
 from jlora import chat, models
-from jlora.models import decoder
+from jlora.models import decoder, hf_config
 
 __all__ = ["Base", "adapt_base", "load_base", "load_tokenizer"]
 
@@ -57,6 +59,7 @@ def load_base(
     dtype: str = "auto",
     remat: str = "none",
     tokenizer: chat.Tokenizer | None = None,
+    weights: bool = True,
 ) -> Base:
     """Loads a model and its tokenizer.
 
@@ -66,12 +69,27 @@ def load_base(
         CPU, which has no fast bfloat16.
       remat: as in `DecoderConfig`.
       tokenizer: if it is there already.
+      weights: False gives `ShapeDtypeStruct`s where config.json says enough, to look at a model
+        larger than this machine's memory.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model, params = models.load(name, dtype=dtype)
+    config_file = models.resolve(name) / "config.json"
+    if weights or not config_file.is_file():
+        model, params = models.load(name, dtype=dtype)
+    else:
+        model, params = _shapes(config_file, dtype)
     model = type(model)(dataclasses.replace(model.config, remat=remat))
     return Base(name, model, params, tokenizer or load_tokenizer(name))
+
+
+def _shapes(config_file: Path, dtype: str) -> tuple[Any, Any]:
+    data = json.loads(config_file.read_text(encoding="utf-8"))
+    config = hf_config.from_json(data, source=str(config_file))
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), decoder.param_shapes(config)
+    )
+    return decoder.Decoder(dataclasses.replace(config, dtype=dtype)), params
 
 
 def adapt_base(base: Base, lora: jlora.LoraConfig, key: jax.Array) -> Base:

@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message is None:
             return 1
         print(f"jlora: error: {message}", file=sys.stderr)
+        if not debug and not _is_ours(error):
+            print("(JLORA_TRACEBACK=1 shows where this comes from.)", file=sys.stderr)
         return 2
     return 0
 
@@ -150,6 +152,12 @@ def _message(error: Exception) -> str | None:
         return text
     mendable = (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError)
     return text if isinstance(error, mendable) else None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether jlora itself raised it, with a message written for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 def _say(text: str) -> None:

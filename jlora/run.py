@@ -56,6 +56,9 @@ def lora_config(run: config.RunConfig) -> jlora.LoraConfig:
 def make_loss(base: Base, lora: jlora.LoraConfig) -> train.LossFn:
     """The loss of a batch as `data.Batches` gives it."""
 
+    # Small chunks skip more of the head; an accelerator wants larger products.
+    chunk_tokens = 128 if jax.default_backend() == "cpu" else 1024
+
     def compute(params: Any, batch: dict[str, jax.Array]) -> Any:
         apply = functools.partial(base.model.apply, {"params": params})
         hidden = apply(
@@ -65,7 +68,9 @@ def make_loss(base: Base, lora: jlora.LoraConfig) -> train.LossFn:
             method="hidden",
         )
         head = functools.partial(apply, method="head")
-        return train.head_cross_entropy(head, hidden, batch["targets"], batch["loss_mask"])
+        return train.head_cross_entropy(
+            head, hidden, batch["targets"], batch["loss_mask"], chunk_tokens=chunk_tokens
+        )
 
     def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Any:
         dropout_key = key if lora.dropout else None
@@ -172,14 +177,14 @@ def run_training(run: config.RunConfig, say: Say) -> None:
     folder = run.folder
     if _is_finished(run, say):
         return
-    with _lock(folder), _StopSignal(say) as stop:
+    with _lock(folder):
         job = _prepare(run, say)
         config.save(folder / "config.yaml", run)
         checkpoints = checkpoint.Checkpoints(
             folder / "checkpoints", keep=run.checkpoint.keep, on_message=say
         )
         with contextlib.closing(checkpoints):
-            result = _fit(job, checkpoints, stop, say)
+            result = _fit(job, checkpoints, say)
             if result.reason == "interrupted":
                 say(
                     f"Interrupted; saved at step {result.progress.step} of {job.steps}. "
@@ -192,7 +197,7 @@ def run_training(run: config.RunConfig, say: Say) -> None:
 
 def inspect(run: config.RunConfig, say: Say) -> None:
     """Does what `jlora inspect` does: shows the data and what would train."""
-    job = _prepare(run, say)
+    job = _prepare(run, say, weights=False)
     example = data.preview(job.examples[0], job.base.tokenizer)
     say(f"The first example, with what counts in the loss in \u27e6...\u27e7:\n{example}")
     tokens = run.train.batch_size * run.train.accumulation * run.data.length
@@ -227,7 +232,7 @@ def _outcome(result: dict[str, Any]) -> str:
     return f"{text}, adapter in {result['adapter']}"
 
 
-def _prepare(run: config.RunConfig, say: Say) -> _Job:
+def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
     """Everything that can be wrong is found here, the cheapest first."""
     lora = lora_config(run)
     tokenizer = load_tokenizer(run.model.path)
@@ -249,7 +254,11 @@ def _prepare(run: config.RunConfig, say: Say) -> _Job:
         f"{targets:,} count in the loss; {len(held_out):,} held-out examples."
     )
     base = load_base(
-        run.model.path, dtype=run.model.dtype, remat=run.model.remat, tokenizer=tokenizer
+        run.model.path,
+        dtype=run.model.dtype,
+        remat=run.model.remat,
+        tokenizer=tokenizer,
+        weights=weights,
     )
     base = adapt_base(base, lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
@@ -257,9 +266,7 @@ def _prepare(run: config.RunConfig, say: Say) -> _Job:
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
-def _fit(
-    job: _Job, checkpoints: checkpoint.Checkpoints, stop: "_StopSignal", say: Say
-) -> train.FitResult:
+def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitResult:
     run, lora = job.run, job.lora
     tx, schedule = make_optimizer(run, lora, job.steps)
     trainable, frozen = jlora.split(job.base.params, lora)
@@ -279,6 +286,8 @@ def _fit(
     with (
         contextlib.closing(log),
         report.ProgressReport(job.steps, start=progress.step) as shown,
+        _StopSignal(shown.say) as stop,
+        _explained(checkpoints),
     ):
         return train.fit(
             state,
@@ -300,6 +309,21 @@ def _fit(
             count_tokens=lambda batch: int(np.count_nonzero(batch["segment_ids"])),
             should_stop=stop,
         )
+
+
+@contextlib.contextmanager
+def _explained(checkpoints: checkpoint.Checkpoints) -> Iterator[None]:
+    """Adds to a NaN's message what is left and what to do."""
+    try:
+        yield
+    except train.NonFiniteError as error:
+        checkpoints.wait()
+        last = checkpoints.latest()
+        kept = "there is no checkpoint yet" if last is None else f"step {last} is the last saved"
+        raise train.NonFiniteError(
+            f"{error}. The run ends here, before it is saved: {kept}. Lower optim.learning_rate, "
+            "warm up longer (optim.warmup_steps), or compute in float32 (model.dtype=float32)."
+        ) from None
 
 
 def _evaluation(job: _Job, loss_fn: train.LossFn, frozen: Any) -> Callable[[Any], float] | None:
