@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from jlora import (
     generate,
     optim,
     peft,
+    process,
     report,
     train,
 )
@@ -177,7 +177,7 @@ def run_training(run: config.RunConfig, say: Say) -> None:
     folder = run.folder
     if _is_finished(run, say):
         return
-    with _lock(folder):
+    with process.lock(folder):
         job = _prepare(run, say)
         config.save(folder / "config.yaml", run)
         checkpoints = checkpoint.Checkpoints(
@@ -286,7 +286,7 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
     with (
         contextlib.closing(log),
         report.ProgressReport(job.steps, start=progress.step) as shown,
-        _StopSignal(shown.say) as stop,
+        process.StopSignal(shown.say) as stop,
         _explained(checkpoints),
     ):
         return train.fit(
@@ -461,47 +461,3 @@ def load_run(folder: str | os.PathLike[str], say: Say) -> tuple[Base, jlora.Lora
     say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
     params = jlora.combine(restored.tree.trainable, frozen)
     return dataclasses.replace(base, params=params), lora
-
-
-# The process
-
-
-class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into an answer to `fit`; the second Ctrl-C ends at once."""
-
-    def __init__(self, say: Say):
-        self._say = say
-        self._seen = False
-        self._previous: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        return self._seen
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self._seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._seen = True
-        self._say("Stopping: this step is finished and saved first. Ctrl-C again stops at once.")
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keeps a second process from writing to the same run; the kernel lets go of a killed one's."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"Another process is training in {folder}.") from None
-        yield
