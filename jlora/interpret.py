@@ -325,8 +325,8 @@ def _enter_scan(
         slices = [rebuild(part) for (_, rebuild), part in zip(cut, parts)]
         inner = dataclasses.replace(body_context, key=key)
         results = _evaluate(params["jaxpr"], [*consts, *carry, *slices], inner)
-        results = [_dense(result, "scan output", context) for result in results]
-        return results[: len(carry)], results[len(carry) :]
+        state = [_dense(result, "scan carry", context) for result in results[: len(carry)]]
+        return state, results[len(carry) :]
 
     carry, ys = jax.lax.scan(
         body,
@@ -336,7 +336,7 @@ def _enter_scan(
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return [*carry, *ys]
+    return [*carry, *(y.stacked() if is_array_leaf(y) else y for y in ys)]
 
 
 def _scan_operands(

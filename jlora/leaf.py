@@ -66,6 +66,10 @@ class ArrayLeaf:
         """
         return None
 
+    def stacked(self) -> "ArrayLeaf":
+        """The leaf after a scan has stacked each of its arrays along a new leading axis."""
+        return self
+
     def specs(self, spec: jax.sharding.PartitionSpec) -> "ArrayLeaf":
         """The same leaf with a PartitionSpec in place of each array, for an array cut by `spec`."""
         raise NotImplementedError

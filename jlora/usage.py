@@ -181,6 +181,12 @@ class _Probe(ArrayLeaf):
     def unstack(self) -> Any:
         return self.array, lambda part: dataclasses.replace(self, array=part, axes=self.axes[1:])
 
+    def stacked(self) -> "_Probe":
+        return dataclasses.replace(self, axes=((), *self.axes))
+
+    def specs(self, spec: jax.sharding.PartitionSpec) -> "_Probe":
+        return dataclasses.replace(self, array=spec)
+
     def original(self, axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(sorted({origin for axis in axes for origin in self.axes[axis]}))
 

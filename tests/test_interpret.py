@@ -112,6 +112,14 @@ USES = {
         lambda p, x: (lambda w, x: x @ w)(*jax.lax.optimization_barrier((p["w"], x))),
         ((D_IN, D_OUT), ("in", "out")),
     ),
+    "collected by a scan": (
+        lambda p, x: jax.lax.scan(
+            lambda c, w: (jnp.tanh(c @ jax.lax.scan(lambda _, v: (0, v), 0, p["w"])[1][1]), None),
+            x,
+            p["w"],
+        )[0],
+        STACKED,
+    ),
     "expanded and squeezed": (
         lambda p, x: x @ jnp.squeeze(jnp.expand_dims(p["w"], 1), 1),
         ((D_IN, D_OUT), ("in", "out")),
