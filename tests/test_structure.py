@@ -17,7 +17,7 @@ ORDER = [
     "models.attention", "models.decoder", "models.hf_config", "models.hf", "models.gguf_tokenizer",
     "models.gguf", "models.hub", "models",
     "peft_names", "peft_folder", "peft", "checkpoint", "chat", "packing", "data", "docstrings",
-    "train", "generate", "bench", "plan", "base", "config", "report", "run", "cli",
+    "train", "generate", "bench", "plan", "base", "config", "report", "process", "run", "cli",
 ]
 # fmt: on
 
