@@ -84,12 +84,12 @@ def head_cross_entropy(
     loss_mask: jax.Array,
     *,
     chunk_tokens: int = 1024,
+    head_is_frozen: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy(head(hidden), ...)` with logits only where a target counts.
+    """`cross_entropy(head(hidden), ...)` that never holds all logits.
 
-    The positions that count are moved to the front of each row and go through `head` chunk by
-    chunk; chunks without any are skipped, and the backward pass computes a chunk's logits again. So
-    at most `chunk_tokens` rows of logits exist at a time, and prompt tokens cost no head at all.
+    The positions that count are moved to the front of each row, and rows go through `head` chunk by
+    chunk. A frozen head skips the chunks in which nothing counts, so prompt tokens cost it nothing.
 
     Args:
       head: from hidden states `[batch n d]` to logits `[batch n vocab]`.
@@ -97,33 +97,51 @@ def head_cross_entropy(
       targets: `Int[batch length]`.
       loss_mask: `Float[batch length]` or `Bool[batch length]`.
       chunk_tokens: tokens that go through `head` together.
+      head_is_frozen: promises that no gradient is asked for through what `head` closes over, and
+        no second derivative. The gradient of `hidden` is then taken on the way forward.
 
     Returns:
       As `cross_entropy` does.
     """
     rows, length = targets.shape
     width = min(length, max(1, chunk_tokens // rows))
-    order = jnp.argsort(loss_mask.astype(jnp.float32) <= 0, axis=1, stable=True)
+    loss_mask = loss_mask.astype(jnp.float32)
+    order = jnp.argsort(loss_mask <= 0, axis=1, stable=True)
 
-    def chunked(x: jax.Array) -> jax.Array:
+    def chunked(x: jax.Array) -> jax.Array:  # [chunks batch width ...]
         index = order.reshape(order.shape + (1,) * (x.ndim - 2))
         x = jnp.take_along_axis(x, index, axis=1)
         x = jnp.pad(x, [(0, 0), (0, -length % width)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
 
-    def chunk_loss(hidden: jax.Array, targets: jax.Array, loss_mask: jax.Array) -> Any:
-        return cross_entropy(head(hidden), targets, loss_mask)
+    def chunk_loss(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
+        return cross_entropy(head(hidden), targets, mask)
 
-    # Around the cond, not in it: what a branch saves, the head's weight too, a scan would stack.
     @jax.checkpoint
-    def add_chunk(totals: Any, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, None]:
-        nothing = (jnp.float32(0), jnp.float32(0))
-        losses = jax.lax.cond(jnp.any(chunk[2] > 0), chunk_loss, lambda *chunk: nothing, *chunk)
-        return jax.tree.map(jnp.add, totals, losses), None
+    def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+        return total + chunk_loss(*chunk)[0], None
 
-    zeros = (jnp.float32(0), jnp.float32(0))
-    chunks = chunked(hidden), chunked(targets), chunked(loss_mask.astype(jnp.float32))
-    return jax.lax.scan(add_chunk, zeros, chunks)[0]
+    def add_frozen_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
+        def compute() -> tuple[jax.Array, jax.Array]:
+            (loss, _), slope = jax.value_and_grad(chunk_loss, has_aux=True)(*chunk)
+            return loss, slope
+
+        def skip() -> tuple[jax.Array, jax.Array]:
+            return jnp.float32(0), jnp.zeros_like(chunk[0])
+
+        # Not differentiated: a branch would hand out the whole head as what its gradient needs.
+        loss, slope = jax.lax.cond(jnp.any(chunk[2] > 0), compute, skip)
+        return total + loss, slope
+
+    states = chunked(hidden)
+    chunks = states, chunked(targets), chunked(loss_mask)
+    if not head_is_frozen:
+        return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0], jnp.sum(loss_mask)
+    still = jax.lax.stop_gradient(chunks)
+    total, slopes = jax.lax.scan(add_frozen_chunk, jnp.float32(0), still)
+    # Adds zero, whose gradient is the slope.
+    slack = jnp.sum((states - still[0]).astype(jnp.float32) * slopes.astype(jnp.float32))
+    return total + slack, jnp.sum(loss_mask)
 
 
 def learning_rate_schedule(
@@ -209,7 +227,7 @@ def make_train_step(
         ((loss_sum, count), grads), _ = jax.lax.scan(accumulate, zeros, (indices, batch))
         per_token = 1 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * per_token.astype(g.dtype), grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         if clip_norm is not None:
             shrink = jnp.minimum(1, clip_norm / jnp.maximum(grad_norm, 1e-30))
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
