@@ -328,3 +328,58 @@ def test_a_linen_decoder_is_left_bit_equal_by_fresh_adapters(getkey):
     assert_adapted_equals_dense(
         model.apply, randomise(adapted, getkey(), scale=0.01), tokens, rtol=1e-4
     )
+
+
+def dropped_update(fn, w, x, key, rate=0.5):
+    """What dropout leaves of the low-rank branch alone: the base weight is zero."""
+    config = jlora.LoraConfig(rank=RANK, targets=("w",), dropout=rate)
+    params = {"w": jnp.zeros_like(w)}
+    adapted = randomise(jlora.init(jax.random.key(1), params, config, fn=fn, args=(x,)), key)
+    return adapted, jlora.adapt(fn, dropout_key=key, on_unsupported="error")(adapted, x)
+
+
+def test_dropout_zeroes_inputs_of_the_low_rank_branch_and_keeps_its_mean(getkey):
+    def fn(p, x):
+        return x @ p["w"]
+
+    x = jnp.ones((20_000, D_IN))
+    adapted, dropped = dropped_update(fn, jnp.ones((D_IN, D_OUT)), x, getkey(), rate=0.25)
+    wanted = jlora.adapt(fn)(adapted, x)
+    assert not np.allclose(dropped, wanted)
+    spread = np.std(np.asarray(dropped), axis=0) / len(x) ** 0.5
+    assert np.all(np.abs(np.mean(dropped, axis=0) - wanted[0]) < 5 * spread)
+    masks = np.unique(np.asarray(dropped).round(4), axis=0)
+    assert len(masks) > 100  # rows lose different inputs
+
+
+def test_dropout_differs_by_layer_leaf_and_key_and_is_reproducible(getkey):
+    def fn(p, x):
+        return jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+
+    w, x, key = jnp.ones((3, D_IN, D_IN)), jnp.ones((4, D_IN)), getkey()
+    _, first = dropped_update(fn, w, x, key)
+    adapted, again = dropped_update(fn, w, x, key)
+    np.testing.assert_array_equal(first, again)
+    same_layers = jlora.LoraArray(
+        adapted["w"].w, *(jnp.stack([f[0]] * 3) for f in (adapted["w"].a, adapted["w"].b)),
+        scaling=2.0, axes=adapted["w"].axes, dropout=0.5,
+    )  # fmt: skip
+    layers = jlora.adapt(fn, dropout_key=key)({"w": same_layers}, x)
+    assert not np.allclose(layers[0], layers[1])
+    other_key = jlora.adapt(fn, dropout_key=getkey())({"w": same_layers}, x)
+    assert not np.allclose(layers, other_key)
+    twins = {"w": same_layers, "v": same_layers}
+    both = jlora.adapt(lambda p, x: (fn(p, x), fn({"w": p["v"]}, x)), dropout_key=key)(twins, x)
+    assert not np.allclose(*both)
+
+
+def test_dropout_is_the_same_on_a_mesh(getkey):
+    def fn(p, x):
+        return x @ p["w"]
+
+    key, x = getkey(), jax.random.normal(getkey(), (8, D_IN))
+    adapted, wanted = dropped_update(fn, jnp.ones((D_IN, D_OUT)), x, key)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    got = jlora.adapt(fn, dropout_key=key)(adapted, placed)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
