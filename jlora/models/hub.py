@@ -73,7 +73,7 @@ def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
       FileNotFoundError: if nothing is found; the message lists what was tried.
       ValueError: if the path is a file of another kind.
     """
-    path = Path(name_or_dir).expanduser()
+    path = Path(os.path.expanduser(name_or_dir))  # as it is if there is no such user
     if path.is_dir():
         return path
     if path.is_file():
@@ -121,12 +121,10 @@ def _say_once(text: str) -> None:
 def _from_hub_cache(name: str) -> Path | None:
     import huggingface_hub
 
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-    except (
-        Exception
-    ):  # no such model in the cache; the client's error types change with its versions
+    config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):
         return None
+    folder = Path(config).parent
     return folder if not _missing(folder) else None
 
 
@@ -136,7 +134,7 @@ def _from_hub(name: str, tried: list[str]) -> Path | None:
     page = f"the Hugging Face hub, https://huggingface.co/{name}"
     try:
         info = huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS)
-    except Exception as error:  # as above: no answer, no such model, no permission
+    except Exception as error:  # whatever it is (its types change with versions), the user sees it
         tried.append(f"{page}: {_reason(error)}")
         return None
     names = [file.rfilename for file in info.siblings or []]
@@ -147,7 +145,6 @@ def _from_hub(name: str, tried: list[str]) -> Path | None:
     try:
         folder = huggingface_hub.snapshot_download(
             name,
-            revision=info.sha,
             allow_patterns=list(_PATTERNS),
             ignore_patterns=["*/*"],  # other formats of the same weights lie in sub-folders
             etag_timeout=_HUB_SECONDS,
