@@ -383,3 +383,55 @@ def test_dropout_is_the_same_on_a_mesh(getkey):
     placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
     got = jlora.adapt(fn, dropout_key=key)(adapted, placed)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("use", ["right", "left", "einsum", "batched", "scanned", "checkpointed"])
+def test_in_float64_adapted_equals_dense_to_twelve_digits(use, getkey):
+    fn, (shape, roles) = USES[use]
+    with jax.enable_x64(True):
+        config = jlora.LoraConfig(rank=RANK, targets=("w",), axes={"w": roles}, dtype="float64")
+        w = jax.random.normal(getkey(), shape, jnp.float64)
+        params = randomise(jlora.init(getkey(), {"w": w}, config), getkey())
+        x = jax.random.normal(getkey(), (7, D_IN), jnp.float64)
+        assert_adapted_equals_dense(fn, params, x, rtol=1e-12, on_unsupported="error")
+
+
+def test_the_step_costs_no_more_than_the_base_and_the_factors_own_products(getkey):
+    tokens, d, rank, layers = 64, 128, 4, 3
+
+    def fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    weights = [jax.random.normal(getkey(), (d, d)) / d**0.5 for _ in range(layers)]
+    config = jlora.LoraConfig(rank=rank, targets=("0", "1", "2"))
+    trainable, frozen = jlora.split(jlora.init(getkey(), weights, config), config)
+    forward, x = jlora.adapt(fn), jax.random.normal(getkey(), (tokens, d))
+
+    def flops(fn, *args):
+        return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+    def adapted_loss(trainable, x):
+        return jnp.sum(forward(jlora.combine(trainable, frozen), x))
+
+    base = flops(jax.grad(lambda x: jnp.sum(fn(weights, x))), x)
+    adapted = flops(jax.grad(adapted_loss, (0, 1)), trainable, x)
+    # Forward two products, backward four: 2 * tokens * rank * d each. Scaling and adding: a few
+    # operations on each activation.
+    factors = layers * (6 * 2 * tokens * rank * d + 6 * tokens * (d + rank))
+    assert adapted - base <= factors
+    assert adapted - base > factors / 3  # the factors' products are there
+
+
+def test_tracing_enters_the_function_once_and_each_jitted_part_once(getkey):
+    entered = []
+
+    @jax.jit
+    def layer(w, x):
+        entered.append(1)
+        return jnp.tanh(x @ w)
+
+    params = make_params(getkey, (D_IN, D_IN))
+    jlora.adapt(lambda p, x: layer(p["w"], layer(p["w"], x)))(params, jnp.ones((2, D_IN)))
+    assert len(entered) == 1
