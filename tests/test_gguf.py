@@ -463,7 +463,8 @@ def test_sentencepiece_text_is_cut_as_transformers_does(tmp_path):
         expected = reference(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.encode(text) == expected, text
         assert tokenizer.decode(expected, skip_special_tokens=False) == text
-    # Llama 2's own tokenizer puts its space before any text, also one that begins with a space.
+    # Like SentencePiece and Llama 2's own tokenizer.json, and unlike transformers' GGUF reader, a
+    # text that begins with a space gets one more.
     pieces = [tokenizer.backend.id_to_token(token) for token in tokenizer.encode(" Hello")]
     assert pieces == ["▁", "▁Hello"]
 
@@ -477,6 +478,7 @@ def test_sentencepiece_text_is_cut_as_transformers_does(tmp_path):
         ({"tokenizer.ggml.tokens": None}, ValueError, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, ValueError, "tokenizer.ggml.merges"),
         ({"tokenizer.ggml.eos_token_id": None}, ValueError, "eos_token_id"),
+        ({"tokenizer.ggml.padding_token_id": 99_999}, ValueError, "'pad': 99999"),
     ],
 )
 def test_tokenizer_of_unknown_kind_is_refused(tmp_path, change, error, words):

@@ -105,11 +105,15 @@ def _special_tokens(
 ) -> tuple[dict[str, str], dict[str, int], int | list[int]]:
     """The tokens with a role, some of their ids, and the ids that end a turn or a text."""
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    found = {role: _get(metadata, f"{key}_token_id") for role, key in roles.items()}
+    found: dict[str, int | None] = {
+        role: _get(metadata, f"{key}_token_id") for role, key in roles.items()
+    }
     if found["eos"] is None:
         raise ValueError("its metadata has no 'tokenizer.ggml.eos_token_id'")
+    if beyond := {role: i for role, i in found.items() if i is not None and i >= len(tokens)}:
+        raise ValueError(f"it has {len(tokens)} tokens and gives special ones the ids {beyond}")
     special = {f"{role}_token": tokens[i] for role, i in found.items() if i is not None}
-    ids = {f"{r}_token_id": found[r] for r in ("bos", "pad") if found[r] is not None}
+    ids = {f"{r}_token_id": i for r, i in found.items() if r in ("bos", "pad") and i is not None}
     ends = (found["eos"], _get(metadata, "eot_token_id"))
     eos_ids = list(dict.fromkeys(i for i in ends if i is not None))
     return special, ids, eos_ids if len(eos_ids) > 1 else eos_ids[0]
