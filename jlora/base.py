@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jlora
 from jlora import chat, models
 from jlora.models import decoder, hf_config
 
-__all__ = ["Base", "adapt_base", "load_base", "load_tokenizer"]
+__all__ = ["Base", "adapt_base", "cache_folder", "load_base", "load_tokenizer"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +47,11 @@ class Base:
     def init_cache(self) -> Callable[[int, int], Any]:
         """An empty cache of (batch_size, length)."""
         return functools.partial(decoder.init_cache, self.model.config)
+
+
+def cache_folder() -> Path:
+    """Where the user's machine keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
 
 
 def load_tokenizer(name: str) -> chat.Tokenizer:

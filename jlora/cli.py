@@ -155,9 +155,10 @@ def _message(error: Exception) -> str | None:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether jlora itself raised it, with a message written for the user."""
+    """Whether the message says enough: jlora itself raised it, or it names a file."""
     frames = traceback.extract_tb(error.__traceback__)
-    return not frames or Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    ours = not frames or Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    return ours or (isinstance(error, OSError) and error.filename is not None)
 
 
 def _say(text: str) -> None:
@@ -168,10 +169,32 @@ def _whisper(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _quiet_libraries() -> None:
+def _set_up_process() -> None:
+    """Quiets orbax, and keeps compiled programs in the user's cache folder for the next start."""
     import logging
 
+    import jax
+
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax repeats what it raises
+    given = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if given is None:
+        from jlora import base
+
+        folder = base.cache_folder() / f"programs-{_processor()}"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _processor() -> str:
+    """A name for this kind of processor: a program compiled for another may not run on it."""
+    import platform
+    import zlib
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}"
 
 
 # Commands. Modules are imported where they are used, so that --help does not wait for them.
@@ -183,7 +206,7 @@ def _train(args: argparse.Namespace) -> None:
     run = config.load(args.config, args.overrides)
     from jlora import run as runs
 
-    _quiet_libraries()
+    _set_up_process()
     runs.run_training(run, _say)
 
 
@@ -193,6 +216,7 @@ def _inspect(args: argparse.Namespace) -> None:
     run = config.load(args.config, args.overrides)
     from jlora import run as runs
 
+    _set_up_process()
     runs.inspect(run, _say)
 
 
@@ -200,7 +224,7 @@ def _load(args: argparse.Namespace) -> "Base":
     from jlora import base, peft
     from jlora import run as runs
 
-    _quiet_libraries()
+    _set_up_process()
     if runs.is_run(args.model):
         if args.adapter:
             raise ValueError("A run has its own adapter; --adapter goes with a model.")
@@ -217,7 +241,7 @@ def _merge(args: argparse.Namespace) -> None:
     from jlora import models
     from jlora import run as runs
 
-    _quiet_libraries()
+    _set_up_process()
     _refuse_occupied(args.output)
     loaded, _ = runs.load_run(args.run, _whisper)
     merged = jlora.merge_params(loaded.params)
@@ -230,7 +254,7 @@ def _export(args: argparse.Namespace) -> None:
     from jlora import peft
     from jlora import run as runs
 
-    _quiet_libraries()
+    _set_up_process()
     _refuse_occupied(args.output)
     loaded, lora = runs.load_run(args.run, _whisper)
     peft.save(args.output, loaded.params, lora, base_model=loaded.name)

@@ -32,7 +32,7 @@ from jlora import (
     report,
     train,
 )
-from jlora.base import Base, adapt_base, load_base, load_tokenizer
+from jlora.base import Base, adapt_base, cache_folder, load_base, load_tokenizer
 
 __all__ = [
     "inspect",
@@ -118,7 +118,7 @@ def read_data(
     options = run.data
     train_path, validation = options.train, options.validation
     if train_path == "builtin:docstrings":
-        train_path, own = docstrings.write_dataset(_cache_folder())
+        train_path, own = docstrings.write_dataset(cache_folder())
         validation = str(own) if validation is None else validation
     elif str(train_path).startswith("builtin:"):
         raise ValueError(
@@ -141,10 +141,6 @@ def read_data(
     held_out: float | int | list[data.Example]
     held_out = read(validation) if isinstance(validation, str) else validation or 0
     return data.split(read(train_path), held_out, run.seed)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
 
 
 def _digest(*parts: Sequence[data.Example]) -> str:

@@ -400,7 +400,6 @@ def fit(
     if progress.step == 0 and evaluate is not None:
         progress, found = run_evaluation(progress)
         ledger.emit({"step": 0, "tokens": 0, **found})
-        ledger = _Ledger(callbacks)  # the clock starts after the evaluation
     saved = progress.step
     while not (reason := _reason_to_end(progress, steps, patience)):
         if should_stop():
@@ -452,7 +451,7 @@ class _Ledger:
         self._callbacks = callbacks
         self._open: tuple[dict[str, Any], dict[str, jax.Array], int] | None = None
         self._line: dict[str, Any] | None = None
-        self._clock = time.perf_counter()
+        self._clock: float | None = None  # None before the first step, which compiles
 
     def add(self, line: dict[str, Any], metrics: dict[str, jax.Array], tokens: int) -> None:
         """Takes a step's metrics once those of the step before are there and given out."""
@@ -468,7 +467,7 @@ class _Ledger:
         for name in ("loss", "grad_norm"):
             _require_finite(line["step"], name, values[name])
         now = time.perf_counter()
-        if tokens:
+        if tokens and self._clock is not None:
             values["tokens_per_second"] = round(tokens / (now - self._clock), 1)
         self._clock = now
         self._line = {**line, **values, "target_tokens": int(values["target_tokens"])}
@@ -479,7 +478,7 @@ class _Ledger:
         if self._line is not None:
             self.emit({**self._line, **(extra or {})})
             self._line = None
-        if extra:
+        if extra and self._clock is not None:
             self._clock = time.perf_counter()  # the evaluation's time is not the next step's
 
     def emit(self, line: dict[str, Any]) -> None:
