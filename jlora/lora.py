@@ -7,6 +7,7 @@ zero, so a fresh adapter changes nothing. `split` cuts the tree into what trains
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora import products as _rules  # noqa: F401  registers them
 from jlora import tree
@@ -54,7 +56,7 @@ class LoraConfig:
       targets: patterns of the weights to adapt. `"all-linear"` is every leaf that is only used in
         matrix products, which needs `fn` and `args` in `init`.
       exclude: patterns of weights to leave alone, whatever `targets` says.
-      rank_pattern: from patterns to ranks that replace `rank`; the first match counts.
+      rank_pattern: from patterns to ranks that replace `rank`; a weight must not get two.
       alpha_pattern: from patterns to alphas that replace `alpha`.
       dropout: the share of the low-rank branch's inputs that is zeroed while `adapt` has a key.
       rank_stabilized: scale by `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
@@ -257,11 +259,21 @@ def init(
              _chosen_paths(leaves, config, uses)}  # fmt: skip
     _check_train(leaves, config, roles)
 
+    shapes = {path: _factor_shapes(path, leaves[path], r, config) for path, r in roles.items()}
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+
+    def draw(key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return {path: _draw_factors(key, path, *shapes[path], config.dtype) for path in shapes}
+
+    factors = jax.eval_shape(draw, key) if abstract else draw(key)
+
     def adapt_leaf(path: str, leaf: Any) -> Any:
         if path not in roles:
             return leaf
-        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return _fresh_adapter(leaf_key, path, leaf, roles[path], config)
+        scaling = config.scaling_of(path)
+        return LoraArray(
+            leaf, *factors[path], scaling=scaling, axes=roles[path], dropout=config.dropout
+        )
 
     adapted = tree.map_with_path(adapt_leaf, params, is_leaf=is_array_leaf)
     trainable, frozen = count_parameters(adapted, config)
@@ -308,11 +320,23 @@ def _chosen_paths(
         chosen += [path for path in weights if path not in excluded]
     if not chosen:
         raise ValueError(f"exclude={config.exclude} leaves nothing of targets={config.targets}.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern, _ in getattr(config, field):
-            if not any(tree.matches(pattern, path) for path in chosen):
-                raise tree.unmatched(field, pattern, chosen)
-    return list(dict.fromkeys(chosen))
+    chosen = list(dict.fromkeys(chosen))
+    for field in ("rank_pattern", "alpha_pattern", "axes"):
+        _check_values(field, getattr(config, field), chosen)
+    return chosen
+
+
+def _check_values(field: str, pairs: Sequence[tuple[Pattern, Any]], chosen: Sequence[str]) -> None:
+    """Each pattern names an adapted weight, and no two give one weight different values."""
+    for pattern, _ in pairs:
+        if not any(tree.matches(pattern, path) for path in chosen):
+            raise tree.unmatched(field, pattern, chosen)
+    for path in chosen:
+        given = [(pattern, value) for pattern, value in pairs if tree.matches(pattern, path)]
+        if len({value for _, value in given}) > 1:
+            raise ValueError(
+                f"{field} gives {path!r} different values: {given}. Make the patterns narrower."
+            )
 
 
 def _is_weight(
@@ -381,33 +405,45 @@ def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterabl
                 )
 
 
-def _fresh_adapter(
-    key: jax.Array, path: str, leaf: Any, roles: tuple[Axis, ...], config: LoraConfig
-) -> LoraArray:
-    sizes = {
-        role: tuple(size for size, r in zip(leaf.shape, roles) if r == role)
-        for role in ("stack", "in", "out")
-    }
-    d_in, d_out = math.prod(sizes["in"]), math.prod(sizes["out"])
+_Shapes = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+def _factor_shapes(path: str, leaf: Any, roles: tuple[Axis, ...], config: LoraConfig) -> _Shapes:
+    """The number of inputs, the shape of `a` and the shape of `b` for a weight."""
+    stack, inputs, outputs = (
+        tuple(size for size, role in zip(leaf.shape, roles) if role == wanted)
+        for wanted in ("stack", "in", "out")
+    )
+    d_in, d_out = math.prod(inputs), math.prod(outputs)
     rank = config.rank_of(path)
     if rank > min(d_in, d_out):
         raise ValueError(
             f"rank {rank} is too large for {path!r}, which maps {d_in} inputs to {d_out} outputs. "
             "Lower rank, give this weight its own in rank_pattern, or exclude it."
         )
+    return d_in, (*stack, *inputs, rank), (*stack, rank, *outputs)
 
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        bound = 1 / math.sqrt(d_in)
-        a_shape = (*sizes["stack"], *sizes["in"], rank)
-        a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
-        b = jnp.zeros((*sizes["stack"], rank, *sizes["out"]), config.dtype)
-        return a.astype(config.dtype), b
 
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf))
-    a, b = jax.eval_shape(draw, key) if abstract else draw(key)
-    return LoraArray(
-        leaf, a, b, scaling=config.scaling_of(path), axes=roles, dropout=config.dropout
-    )
+def _draw_factors(
+    key: jax.Array,
+    path: str,
+    d_in: int,
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    dtype: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`a` uniform in `±1 / sqrt(d_in)` from a key of its own path, and `b` zero."""
+    name = np.uint32(zlib.crc32(path.encode()))
+    a = _draw_uniform(key, name, np.float32(d_in**-0.5), a_shape, dtype)
+    return a, jnp.zeros(b_shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))  # one program for all weights of one shape
+def _draw_uniform(
+    key: jax.Array, name: jax.Array, bound: jax.Array, shape: tuple[int, ...], dtype: str
+) -> jax.Array:
+    key = jax.random.fold_in(key, name)
+    return (bound * jax.random.uniform(key, shape, jnp.float32, -1, 1)).astype(dtype)
 
 
 def labels(params: Any, config: LoraConfig) -> Any:

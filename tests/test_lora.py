@@ -182,6 +182,10 @@ def test_all_linear_takes_what_the_function_multiplies_with():
         ({"targets": ("q_proj",), "train": ("*/kernel",)}, "both in targets and in train"),
         ({"targets": ("q_proj",), "train": ("steps",)}, "int32"),
         ({"targets": ("q_proj",), "rank_pattern": {"v_proj": 2}}, "rank_pattern 'v_proj'"),
+        (
+            {"targets": ("q_proj",), "rank_pattern": {"q_proj": 2, "*/0/*": 3}},
+            "rank_pattern gives 'layers/0/q_proj/kernel' different values",
+        ),
         ({"targets": ("norm",)}, "does not fit"),
         ({"targets": ("steps",)}, "does not fit"),
         ({"targets": ("all-linear",)}, "pass fn="),
