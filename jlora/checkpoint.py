@@ -159,6 +159,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            if not self._read_only:
+                self._clear_partial()
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The metadata of one checkpoint, as it was given to `save`."""

@@ -128,12 +128,35 @@ def _plain_warnings() -> Iterator[None]:
     """Warnings as one line each, without the source line that gave them."""
 
     def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
-        if issubclass(category, UserWarning):
-            print(f"jlora: note: {message}", file=sys.stderr)
+        if _is_broken_program(str(message)) or not issubclass(category, UserWarning):
+            return
+        print(f"jlora: note: {message}", file=sys.stderr)
 
+    def show_unraisable(event: Any) -> None:
+        # What a failed write leaves in orbax's threads; the failure itself is raised and told.
+        if "Event loop is closed" not in str(event.exc_value):
+            sys.__unraisablehook__(event)
+
+    hook = sys.unraisablehook
     with warnings.catch_warnings():
         warnings.showwarning = show
-        yield
+        sys.unraisablehook = show_unraisable
+        try:
+            yield
+        finally:
+            sys.unraisablehook = hook
+
+
+def _is_broken_program(message: str) -> bool:
+    """Whether jax could not read a kept program; removes it, or jax would keep it and try again."""
+    if not message.startswith("Error reading persistent compilation cache entry for '"):
+        return False
+    from jlora import base
+
+    name = message.split("'")[1]
+    for file in base.cache_folder().glob(f"programs-*/{name}-*"):
+        file.unlink(missing_ok=True)
+    return True
 
 
 def _message(error: Exception) -> str | None:
