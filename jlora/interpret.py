@@ -59,16 +59,16 @@ def adapt(
         )
     warned: set[tuple[str, str]] = set()
 
-    @functools.partial(jax.jit, static_argnums=0)
     def run(static: _Static, dynamic: list[Any], key: jax.Array | None) -> Any:
         context = Context(on_unsupported, key, warned=warned)
         return _interpret(fn, static, dynamic, context)
 
-    run.__wrapped__.__name__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
+    run.__name__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
+    compiled = jax.jit(run, static_argnums=0)
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        out = run(*_separate(args, kwargs), dropout_key)
+        out = compiled(*_separate(args, kwargs), dropout_key)
         return jax.tree.map(
             lambda leaf: leaf.value if isinstance(leaf, _Constant) else leaf,
             out,

@@ -69,14 +69,14 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 32.0
-    targets: Sequence[Pattern] | Pattern = ("all-linear",)
-    exclude: Sequence[Pattern] | Pattern = ()
-    rank_pattern: Mapping[Pattern, int] | Sequence[tuple[Pattern, int]] = ()
-    alpha_pattern: Mapping[Pattern, float] | Sequence[tuple[Pattern, float]] = ()
+    targets: Sequence[Pattern] = ("all-linear",)
+    exclude: Sequence[Pattern] = ()
+    rank_pattern: Any = ()  # a mapping, kept as pairs, which can be hashed
+    alpha_pattern: Any = ()
     dropout: float = 0.0
     rank_stabilized: bool = False
-    train: Sequence[Pattern] | Pattern = ()
-    axes: Mapping[Pattern, Sequence[Axis]] | Sequence[tuple[Pattern, Sequence[Axis]]] = ()
+    train: Sequence[Pattern] = ()
+    axes: Any = ()
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -371,7 +371,7 @@ def _roles(
     """The role of each axis of a weight: as configured, as used, or `[in, out]` for a matrix."""
     if isinstance(leaf, LoraArray):
         raise ValueError(f"{path!r} already has an adapter; merge it before adding another.")
-    roles = _first_match(config.axes, path, None)
+    roles: Any = _first_match(config.axes, path, None)
     if roles is None and uses is not None:
         use = uses[path]
         roles = tuple(

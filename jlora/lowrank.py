@@ -129,11 +129,11 @@ def contract(
 
     if order_of_result(x_axes, y_axes) != wanted == order_of_result(y_axes, x_axes):
         x, x_axes, y, y_axes = y, y_axes, x, x_axes
-    x_sides, y_sides = (
-        tuple(tuple(axes.index(axis) for axis in group) for group in (summed, batch))
-        for axes in (x_axes, y_axes)
+    contracting, batching = (
+        (tuple(map(x_axes.index, group)), tuple(map(y_axes.index, group)))
+        for group in (summed, batch)
     )
-    product = lax.dot_general(x, y, tuple(zip(x_sides, y_sides)), **dot_options)
+    product = lax.dot_general(x, y, (contracting, batching), **dot_options)
     got = order_of_result(x_axes, y_axes)
     if got != wanted:
         product = product.transpose([got.index(axis) for axis in wanted])

@@ -40,11 +40,11 @@ def optimizer(
     >>> tx = optimizer(optax.adamw(2e-4), LoraConfig(targets=("q_proj", "v_proj")))
     """
     if not isinstance(tx, Mapping):
-        one = {"trainable": tx, "frozen": optax.set_to_zero()}
+        one: dict[Any, Any] = {"trainable": tx, "frozen": optax.set_to_zero()}
         return optax.multi_transform(one, functools.partial(_trainable_or_frozen, config))
     if unknown := set(tx) - set(_LABELS):
         raise ValueError(f"Unknown labels {sorted(unknown)}; known labels are {_LABELS}.")
-    transforms = {"frozen": optax.set_to_zero(), **tx}
+    transforms: dict[Any, Any] = {"frozen": optax.set_to_zero(), **tx}
 
     def checked_labels(tree: Any) -> Any:
         named = labels(tree, config)

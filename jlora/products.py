@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora.leaf import Equation, is_array_leaf, rule
@@ -101,7 +102,7 @@ def _drop_out(x: jax.Array, leaf: LowRank, key: jax.Array | None) -> jax.Array:
     """Zeroes a share of the product's inputs and scales up the rest, as PEFT does."""
     if key is None or leaf.dropout == 0:
         return x
-    key = jax.random.fold_in(key, zlib.crc32(leaf.path.encode()))
+    key = jax.random.fold_in(key, np.uint32(zlib.crc32(leaf.path.encode())))  # jax 0.11 wants it so
     kept = jax.random.bernoulli(key, 1 - leaf.dropout, x.shape)
     return jnp.where(kept, x / (1 - leaf.dropout), 0).astype(x.dtype)
 

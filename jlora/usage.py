@@ -213,10 +213,12 @@ class _Probe(ArrayLeaf):
 
 
 def _summarise(path: str, shape: tuple[int, ...], uses: Sequence[_Use], total: int) -> WeightUse:
-    kinds = [use.kind for use in uses if not (use.kind == "embedding" and use.still_a_weight)]
+    kinds: list[Kind] = [
+        use.kind for use in uses if not (use.kind == "embedding" and use.still_a_weight)
+    ]
     if not kinds:  # rows gathered from it are all that is left of its uses
-        kinds = [use.kind for use in uses] or ["unused"]
-    kind: Kind = "embedding" if "embedding" in kinds else kinds[0]
+        kinds = [use.kind for use in uses]
+    kind: Kind = "embedding" if "embedding" in kinds else kinds[0] if kinds else "unused"
     if kind != "embedding" and "elementwise" in kinds:
         kind = "elementwise"
     with_axes = [use for use in uses if use.contracted]
