@@ -116,7 +116,11 @@ def _add_generate(commands: Any) -> None:
     )
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1.0")
     sub.add_argument("--seed", type=int, default=0, help="of sampling")
-    sub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    sub.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the base; by default that of the run, and auto for a model",
+    )
     sub.set_defaults(command=_generate)
 
 
@@ -251,8 +255,8 @@ def _load(args: argparse.Namespace) -> "Base":
     if runs.is_run(args.model):
         if args.adapter:
             raise ValueError("A run has its own adapter; --adapter goes with a model.")
-        return runs.load_run(args.model, _whisper)[0]
-    loaded = base.load_base(args.model, dtype=args.dtype)
+        return runs.load_run(args.model, _whisper, dtype=args.dtype)[0]
+    loaded = base.load_base(args.model, dtype=args.dtype or "auto")
     if args.adapter:
         params, _ = peft.load(args.adapter, loaded.params)
         loaded = dataclasses.replace(loaded, params=params)

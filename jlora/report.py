@@ -187,8 +187,8 @@ def plot_losses(path: str | os.PathLike[str], lines: Sequence[Line], *, title: s
 
 
 def _running_mean(trained: Sequence[tuple[int, float, float]]) -> list[float]:
-    """Over the last twentieth of the steps, weighted by target tokens."""
-    width = max(1, len(trained) // 20)
+    """Over a twentieth of the steps, at least five, weighted by target tokens."""
+    width = max(5, len(trained) // 20)
     means = []
     for end in range(1, len(trained) + 1):
         window = trained[max(0, end - width) : end]

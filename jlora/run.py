@@ -257,16 +257,19 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
         f"{len(examples):,} training examples with {sum(map(len, examples)):,} tokens, of which "
         f"{targets:,} count in the loss; {len(held_out):,} held-out examples."
     )
-    base = load_base(
+    load = functools.partial(
+        load_base,
         run.model.path,
         dtype=run.model.dtype,
         remat=run.model.remat,
         tokenizer=tokenizer,
-        weights=weights,
     )
-    base = adapt_base(base, lora, jax.random.key(run.seed))
+    # A target that matches nothing need not wait for the weights, which may take minutes.
+    base = adapt_base(load(weights=False), lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
-    metadata = {"lora": json.loads(lora.to_json()), "data": _digest(examples, held_out)}
+    if weights and isinstance(jax.tree.leaves(base.params)[0], jax.ShapeDtypeStruct):
+        base = adapt_base(load(), lora, jax.random.key(run.seed))
+    metadata = {"lora": json.loads(lora.to_json()), "data_sha256": _digest(examples, held_out)}
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
@@ -298,7 +301,7 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
             frozen,
             train_step=train.make_train_step(loss_fn, tx, clip_norm=run.optim.clip_norm),
             batch=job.batches.batch,
-            key=jax.random.key(run.seed + 1),
+            key=jax.random.fold_in(jax.random.key(run.seed), 1),
             steps=job.steps,
             accumulation=run.train.accumulation,
             progress=progress,
@@ -439,13 +442,21 @@ def is_run(folder: str | os.PathLike[str]) -> bool:
     return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
-def load_run(folder: str | os.PathLike[str], say: Say) -> tuple[Base, jlora.LoraConfig]:
-    """Loads the base model of a run with its adapter: the result, or the newest checkpoint's."""
+def load_run(
+    folder: str | os.PathLike[str], say: Say, *, dtype: str | None = None
+) -> tuple[Base, jlora.LoraConfig]:
+    """Loads the base model of a run with its adapter: the result, or the newest checkpoint's.
+
+    Args:
+      folder: of the run.
+      say: told which checkpoint is used if the run is not finished.
+      dtype: of the base; None for that of the run.
+    """
     folder = Path(folder)
     if not is_run(folder):
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml.")
     run = config.load(folder / "config.yaml")
-    base = load_base(run.model.path, dtype=run.model.dtype)
+    base = load_base(run.model.path, dtype=dtype or run.model.dtype)
     if (folder / "result.json").exists():
         params, lora = peft.load(folder / "adapter", base.params)
         return dataclasses.replace(base, params=params), lora

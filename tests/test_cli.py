@@ -236,14 +236,17 @@ def test_patience_keeps_the_best_adapter(made, capsys, monkeypatch):
     assert (result["steps"], result["best_step"], result["eval_loss"]) == (4, 2, 1.0)
 
 
-def test_epochs_and_no_held_out_rows(made, capsys):
+def test_a_bfloat16_run_by_epochs_without_held_out_rows(made):
     path, run, _ = made
     options = ["train.steps=null", "train.epochs=0.5", "data.validation=null", "eval.every=null"]
-    assert cli.main(["train", str(path), *options, "name=epochs", "optim.warmup_steps=0"]) == 0
-    lines = metrics(run.parent / "epochs")
-    assert not any("eval_loss" in line for line in lines)
+    options += ["model.dtype=bfloat16", "model.remat=full", "optim.warmup_steps=0"]
+    assert cli.main(["train", str(path), *options, "name=half"]) == 0
+    lines = metrics(run.parent / "half")
     assert lines[0]["step"] == 1
-    assert not (run.parent / "epochs" / "samples.md").exists()
+    assert not any("eval_loss" in line for line in lines)
+    assert not (run.parent / "half" / "samples.md").exists()
+    tensors = safetensors.numpy.load_file(run.parent / "half/adapter/adapter_model.safetensors")
+    assert {array.dtype for array in tensors.values()} == {np.dtype("float32")}
 
 
 # After training
@@ -368,14 +371,6 @@ def test_inspect_shows_what_would_train_and_reads_no_weights(made, capsys, monke
     assert "o_proj" not in printed
     assert "⟦aaaa<|im_end|>⟧" in printed
     assert not (run.parent / "never").exists()
-
-
-def test_a_bfloat16_run_trains(made):
-    path, run, _ = made
-    options = ["name=half", "model.dtype=bfloat16", "train.steps=3", "model.remat=full"]
-    assert cli.main(["train", str(path), *options, "eval.samples=0"]) == 0
-    tensors = safetensors.numpy.load_file(run.parent / "half/adapter/adapter_model.safetensors")
-    assert {array.dtype for array in tensors.values()} == {np.dtype("float32")}
 
 
 # What users get wrong: one message, exit code 2, nothing harmed
