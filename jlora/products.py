@@ -95,6 +95,8 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
         equation.out,
         equation.params["precision"],
     )
+    if (asked := equation.params.get("out_sharding")) is not None:  # on a mesh of Explicit axes
+        update = jax.reshard(update, asked)
     return base + update
 
 

@@ -117,3 +117,22 @@ def test_a_sharded_run_gives_the_losses_of_one_device(mesh):
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     assert losses[-1] < losses[0]
     assert isinstance(trainable["layers"]["up"].a.sharding, NamedSharding)
+
+
+@pytest.mark.parametrize("spec", [P(None, "tensor"), P("tensor", None), P()])
+def test_meshes_of_explicit_axes_and_an_asked_out_sharding(spec):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    key = jax.random.key(0)
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jax.random.normal(key, (16, 24)), NamedSharding(mesh, spec))
+        x = jax.device_put(jax.random.normal(key, (8, 16)), NamedSharding(mesh, P("data")))
+        fresh = jlora.init(key, {"w": w}, jlora.LoraConfig(rank=2, targets=("w",)))
+        params = jax.device_put(fresh, sharding.follow(fresh, {"w": w.sharding}))
+
+        def fn(params, x):
+            h = jnp.einsum("bi,io->bo", x, params["w"], out_sharding=P("data", None))
+            return h, x @ params["w"]
+
+        for got, wanted in zip(jlora.adapt(fn, on_unsupported="error")(params, x), fn({"w": w}, x)):
+            np.testing.assert_array_equal(got, wanted)
+            assert got.sharding.is_equivalent_to(wanted.sharding, 2)
