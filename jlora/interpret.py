@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
-import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
@@ -127,10 +126,7 @@ def _interpret(
     fn: Callable[..., Any], static: _Static, dynamic: list[Any], context: Context
 ) -> Any:
     """Traces `fn` on the arrays that the leaves stand for, then evaluates it on the leaves."""
-    placeholders = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array_leaf(leaf) else leaf
-        for leaf in dynamic
-    ]
+    placeholders = [leaf.placeholder() if is_array_leaf(leaf) else leaf for leaf in dynamic]
     out_tree = None
 
     def flat_fn(*arrays: Any) -> list[Any]:
@@ -168,20 +164,29 @@ def _argument_paths(static: _Static) -> list[str]:
     """The path of each argument leaf inside its own argument."""
     indices = jax.tree.unflatten(static.treedef, range(static.treedef.num_leaves))
     flat, _ = jax.tree_util.tree_flatten_with_path(indices)
-    return [tree.path_string(key_path[2:]) for key_path, _ in flat]
+    groups: dict[Any, list[Any]] = {}
+    for key_path, _ in flat:  # (args or kwargs), which argument, then the path inside it
+        groups.setdefault(key_path[:2], []).append(key_path[2:])
+    return [path for key_paths in groups.values() for path in tree.path_strings(key_paths)]
 
 
 def _report_captured(closed: Any, operands: Sequence[Any], context: Context) -> None:
     """Finds leaves that the function does not read while it captures an array like them."""
-    jaxpr, _ = _open(closed)
-    read = {id(atom) for equation in jaxpr.eqns for atom in equation.invars}
-    read |= {id(atom) for atom in jaxpr.outvars}
-    captured = {(np.shape(const), jnp.result_type(const)) for const in _all_constants(closed)}
-    for var, leaf in zip(jaxpr.invars, operands):
-        if not is_array_leaf(leaf) or id(var) in read:
-            continue
-        if (leaf.shape, leaf.dtype) in captured:
+    captured = {np.shape(const) for const in _all_constants(closed)}
+    for read, leaf in zip(_reads_inputs(closed), operands):
+        if is_array_leaf(leaf) and leaf.ndim > 1 and not read and leaf.shape in captured:
             context.captured(leaf)
+
+
+def _reads_inputs(closed: Any) -> list[bool]:
+    """Whether each input of a jaxpr is read, not only handed into a part that ignores it."""
+    jaxpr, _ = _open(closed)
+    read = {id(atom) for atom in jaxpr.outvars}
+    for eqn in _live_equations(jaxpr):
+        whole = eqn.primitive.name not in ("jit", "pjit", "remat2", "checkpoint")
+        used = [True] * len(eqn.invars) if whole else _reads_inputs(eqn.params["jaxpr"])
+        read |= {id(atom) for atom, is_used in zip(eqn.invars, used) if is_used}
+    return [id(var) in read for var in jaxpr.invars]
 
 
 def _all_constants(jaxpr: Any) -> Iterator[Any]:

@@ -51,6 +51,10 @@ class ArrayLeaf:
         """The exact dense array."""
         raise NotImplementedError
 
+    def placeholder(self) -> Any:
+        """An array, or its shape, of the type that the function is traced for."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
     def enter(self, path: str) -> "ArrayLeaf":
         """The leaf as rules see it, for a leaf found at `path`."""
         raise NotImplementedError
@@ -98,6 +102,7 @@ class Context:
       trips: how often the code under evaluation runs, as far as scans say.
       scope: the enclosing equations, which tell two runs of the same code apart.
       warned: the (leaf, primitive) pairs already reported.
+      counts: how often each leaf was counted.
     """
 
     on_unsupported: OnUnsupported
@@ -105,6 +110,12 @@ class Context:
     trips: int = 1
     scope: tuple[int, ...] = ()
     warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def count(self, name: str) -> int:
+        """How often this was called for `name` before: 0, 1, 2, ..."""
+        self.counts[name] = self.counts.get(name, -1) + 1
+        return self.counts[name]
 
     def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
         """The dense array of a leaf that `primitive` has no rule for, reported as asked."""

@@ -8,13 +8,11 @@ zero, so a fresh adapter changes nothing. `split` cuts the tree into what trains
 
 import dataclasses
 import functools
-import json
 import logging
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ import numpy as np
 from jlora import products as _rules  # noqa: F401  registers them
 from jlora import tree
 from jlora.leaf import ArrayLeaf, is_array_leaf
+from jlora.lora_config import Axis, LoraConfig, first_match
 from jlora.lowrank import LowRank
 from jlora.tree import Pattern
 from jlora.usage import WeightUse, find_weights
@@ -39,120 +38,7 @@ __all__ = [
     "split",
 ]
 
-Axis = Literal["stack", "in", "out"]
 _LOG = logging.getLogger("jlora")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """What to adapt and how. Frozen, hashable, and JSON in both directions.
-
-    A pattern without `/` or `*` names a path segment exactly, one with them is a glob over the
-    whole path, and `re.compile(...)` is a regex searched in it. Every pattern must match.
-
-    Attributes:
-      rank: of the update; `a` has `rank` columns and `b` as many rows.
-      alpha: the update is scaled by `alpha / rank`.
-      targets: patterns of the weights to adapt. `"all-linear"` is every leaf that is only used in
-        matrix products, which needs `fn` and `args` in `init`.
-      exclude: patterns of weights to leave alone, whatever `targets` says.
-      rank_pattern: from patterns to ranks that replace `rank`; a weight must not get two.
-      alpha_pattern: from patterns to alphas that replace `alpha`.
-      dropout: the share of the low-rank branch's inputs that is zeroed while `adapt` has a key.
-      rank_stabilized: scale by `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
-      train: patterns of leaves that train whole: norms, heads, biases.
-      axes: from patterns to the role of each axis, `"in"`, `"out"` or `"stack"`, for weights of
-        more than two axes where `init` gets no function to read the roles from, for instance
-        `{"*/q_proj/kernel": ("stack", "in", "out")}`.
-      dtype: of `a` and `b`. In bfloat16 an update of 2e-4 rounds away once |b| passes 0.06.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: Sequence[Pattern] = ("all-linear",)
-    exclude: Sequence[Pattern] = ()
-    rank_pattern: Any = ()  # a mapping, kept as pairs, which can be hashed
-    alpha_pattern: Any = ()
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-    train: Sequence[Pattern] = ()
-    axes: Any = ()
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        for field in ("targets", "exclude", "train"):
-            object.__setattr__(self, field, _as_patterns(getattr(self, field)))
-        for field in ("rank_pattern", "alpha_pattern", "axes"):
-            object.__setattr__(self, field, _as_pairs(getattr(self, field)))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}.")
-        for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
-            if not alpha > 0:
-                raise ValueError(f"alpha must be above 0, got {alpha!r}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"dtype must be a floating-point type, got {self.dtype!r}.")
-        for pattern, roles in self.axes:
-            unknown = set(roles) - {"stack", "in", "out"}
-            if unknown or not {"in", "out"} <= set(roles):
-                raise ValueError(
-                    f"axes for {pattern!r} must name each axis 'stack', 'in' or 'out', with at "
-                    f"least one 'in' and one 'out', got {tuple(roles)}."
-                )
-
-    def rank_of(self, path: str) -> int:
-        """The rank of the adapter at `path`."""
-        return _first_match(self.rank_pattern, path, self.rank)
-
-    def scaling_of(self, path: str) -> float:
-        """What the update at `path` is scaled by."""
-        rank = self.rank_of(path)
-        alpha = _first_match(self.alpha_pattern, path, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
-
-    def to_json(self) -> str:
-        """A JSON object with every field; `from_json` reads it back."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(fields, default=_regex_to_json, indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> "LoraConfig":
-        """Reads what `to_json` wrote.
-
-        Raises:
-          ValueError: for a field that this version does not know.
-        """
-        fields = json.loads(text, object_hook=_regex_from_json)
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := set(fields) - known:
-            raise ValueError(
-                f"Unknown LoraConfig fields {sorted(unknown)}; known: {sorted(known)}."
-            )
-        return cls(**fields)
-
-
-def _as_patterns(patterns: Any) -> tuple[Pattern, ...]:
-    return (patterns,) if isinstance(patterns, str | re.Pattern) else tuple(patterns)
-
-
-def _as_pairs(pairs: Any) -> tuple[tuple[Pattern, Any], ...]:
-    items = pairs.items() if isinstance(pairs, Mapping) else pairs
-    return tuple((key, tuple(v) if isinstance(v, list | tuple) else v) for key, v in items)
-
-
-def _first_match(pairs: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
-    return next((value for pattern, value in pairs if tree.matches(pattern, path)), default)
-
-
-def _regex_to_json(value: Any) -> dict[str, Any]:
-    return {"regex": value.pattern, "flags": value.flags}
-
-
-def _regex_from_json(value: dict[str, Any]) -> Any:
-    return re.compile(value["regex"], value["flags"]) if set(value) == {"regex", "flags"} else value
 
 
 @jax.tree_util.register_dataclass
@@ -183,6 +69,11 @@ class LoraArray(ArrayLeaf):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
+        if self.w is None:
+            raise ValueError(
+                "This LoraArray has no weight: its tree is one half of jlora.split. Join the "
+                "halves with jlora.combine(trainable, frozen)."
+            )
         return tuple(self.w.shape)
 
     @property
@@ -199,8 +90,17 @@ class LoraArray(ArrayLeaf):
         """What messages call a leaf that is in no tree."""
         return type(self).__name__
 
+    def placeholder(self) -> Any:
+        """The weight itself, whose type has its placement on a mesh."""
+        return self.w if isinstance(self.w, jax.Array) else super().placeholder()
+
     def enter(self, path: str) -> LowRank:
         """The leaf with both factors spread over the weight's axes, as rules want it."""
+        if self.a is None or self.b is None:
+            raise ValueError(
+                f"{path!r} has no adapter in this tree, which is one half of jlora.split. Join the "
+                "halves with jlora.combine(trainable, frozen)."
+            )
         b = jnp.moveaxis(self.b, self.axes.count("stack"), -1)  # [*stack *out rank]
         u, v = self._spread(self.a, "in"), self._spread(b, "out")
         return LowRank(self.w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
@@ -279,17 +179,21 @@ def init(
     trainable, frozen = count_parameters(adapted, config)
     _LOG.info(
         "LoRA on %d weights: %s trainable parameters beside %s frozen ones, %.3f %%.",
-        len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / (trainable + frozen),
+        len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / max(1, trainable + frozen),
     )  # fmt: skip
     return adapted
 
 
 def leaves_by_path(params: Any) -> dict[str, Any]:
     """Every leaf of a tree by its path; an adapted or quantised weight is one leaf."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_array_leaf)
-    if not flat:
+    leaves = jax.tree.leaves(params, is_leaf=is_array_leaf)
+    if not leaves:
         raise ValueError("The parameter tree has no leaves.")
-    return {tree.path_string(key_path): leaf for key_path, leaf in flat}
+    paths = tree.leaf_paths(params, is_leaf=is_array_leaf)
+    if len(set(paths)) < len(paths):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(f"Several leaves of the tree share the paths {twice}; rename them.")
+    return dict(zip(paths, leaves))
 
 
 def _chosen_paths(
@@ -316,6 +220,8 @@ def _chosen_paths(
         if not weights:
             if found:
                 raise ValueError(_no_weight(pattern, found, leaves, uses))
+            if pattern == "all-linear":
+                raise ValueError("targets='all-linear' found nothing: fn multiplies with no leaf.")
             raise tree.unmatched("target", pattern, leaves)
         chosen += [path for path in weights if path not in excluded]
     if not chosen:
@@ -345,18 +251,23 @@ def _is_weight(
     """Whether a leaf that a target matches is a weight, not a bias or a norm beside one."""
     if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
-    if _first_match(config.axes, path, None):
+    if first_match(config.axes, path, None):
         return True
     if uses is not None:
-        return bool(uses[path].contracted and uses[path].free)
+        use = uses[path]
+        if (use.contracted and use.free) or use.kind != "other":
+            return bool(use.contracted and use.free)
+        # What reads it cannot be looked into (a custom gradient, a kernel): judge by its shape.
     return leaf.ndim >= 2 and path.split("/")[-1] not in ("bias", "scale")
 
 
 def _no_weight(pattern: Pattern, found: Sequence[str], leaves: Mapping[str, Any], uses: Any) -> str:
     def describe(path: str) -> str:
         leaf = leaves[path]
-        used = f", used as {uses[path].kind} by {uses[path].primitives}" if uses else ""
-        return f"{path!r} ({getattr(leaf, 'dtype', type(leaf).__name__)}{list(leaf.shape)}{used})"
+        use = (uses or {}).get(path)
+        used = f", used as {use.kind} by {use.primitives}" if use else ""
+        shape = list(getattr(leaf, "shape", ()))
+        return f"{path!r} ({getattr(leaf, 'dtype', type(leaf).__name__)}{shape}{used})"
 
     return (
         f"Target {pattern!r} matches only leaves that a low-rank update does not fit: "
@@ -371,9 +282,9 @@ def _roles(
     """The role of each axis of a weight: as configured, as used, or `[in, out]` for a matrix."""
     if isinstance(leaf, LoraArray):
         raise ValueError(f"{path!r} already has an adapter; merge it before adding another.")
-    roles: Any = _first_match(config.axes, path, None)
-    if roles is None and uses is not None:
-        use = uses[path]
+    roles: Any = first_match(config.axes, path, None)
+    use = uses[path] if uses is not None else None
+    if roles is None and use is not None and use.contracted and use.free:
         roles = tuple(
             "in" if axis in use.contracted else "out" if axis in use.free else "stack"
             for axis in range(leaf.ndim)
@@ -399,10 +310,9 @@ def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterabl
         for path in matched:
             if path in adapted:
                 raise ValueError(f"{path!r} is both in targets and in train; choose one.")
-            if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
-                raise ValueError(
-                    f"train names {path!r}, whose dtype {leaves[path].dtype} has no gradient."
-                )
+            dtype = getattr(leaves[path], "dtype", type(leaves[path]).__name__)
+            if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"train names {path!r}, whose dtype {dtype} has no gradient.")
 
 
 _Shapes = tuple[int, tuple[int, ...], tuple[int, ...]]

@@ -7,6 +7,7 @@ ones, whichever axes it contracts: those are in `products.py`, the moves are her
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,16 +161,30 @@ def _sum_alone(
 
 @rule(LowRank, "convert_element_type")
 def _convert_element_type(equation: Equation, leaf: LowRank) -> Any:
-    if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
-        return NotImplemented
+    dtype = equation.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+        return NotImplemented  # fewer bits quantise the sum, not its parts
     # The factors are rounded to the weight's dtype where they are used, once.
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))
 
 
-@rule(LowRank, "pvary")
-def _pvary(equation: Equation, leaf: LowRank) -> Any:
-    # Inside shard_map; the factors vary over axes of their own, and products make up for it.
+@rule(LowRank, "pvary", "reshard", "name")
+def _of_the_weight_alone(equation: Equation, leaf: LowRank) -> Any:
+    # The factors are small, have placements of their own, and products make up for it.
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))
+
+
+@rule(LowRank, "split")
+def _split(equation: Equation, leaf: LowRank) -> Any:
+    sizes, axis = equation.params["sizes"], equation.params["axis"]
+
+    def cut(factor: jax.Array) -> list[jax.Array]:
+        if factor.shape[axis] == 1:
+            return [factor] * len(sizes)
+        return list(lax.split(factor, sizes, axis))
+
+    parts = zip(equation.bind(leaf.w), cut(leaf.u), cut(leaf.v))
+    return [dataclasses.replace(leaf, w=w, u=u, v=v) for w, u, v in parts]
 
 
 @rule(LowRank, "copy", "copy_p", "stop_gradient")
@@ -270,8 +285,10 @@ def _dynamic_slice(equation: Equation, leaf: Any, *starts: Any) -> Any:
                 factor = lax.dynamic_slice_in_dim(factor, start, size, axis)
         return factor
 
-    w = equation.bind(leaf.w, *starts)
-    return dataclasses.replace(leaf, w=w, u=cut(leaf.u), v=cut(leaf.v))
+    part = dataclasses.replace(leaf, w=equation.bind(leaf.w, *starts), u=cut(leaf.u), v=cut(leaf.v))
+    # One row of a table is an activation, as small as it gets.
+    is_row = any(math.prod(factor.shape[:-1]) == 1 for factor in (part.u, part.v))
+    return part.materialise() if is_row else part
 
 
 @rule(LowRank, "broadcast_in_dim")

@@ -5,6 +5,7 @@ input one factor at a time. Nothing of the weight's size is built.
 """
 
 import dataclasses
+import logging
 import math
 import zlib
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.leaf import Equation, is_array_leaf, rule
+from jlora.leaf import Context, Equation, is_array_leaf, rule
 from jlora.lowrank import LowRank, contract
 
 __all__: list[str] = []  # importing this module registers its rules
+
+_LOG = logging.getLogger("jlora")
 
 
 def _product(
@@ -87,7 +90,7 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
     base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
     update = _product(
-        _drop_out(x, leaf, context.key),
+        _drop_out(x, leaf, context),
         x_axes,
         leaf,
         leaf_axes,
@@ -100,11 +103,17 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     return base + update
 
 
-def _drop_out(x: jax.Array, leaf: LowRank, key: jax.Array | None) -> jax.Array:
+def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> jax.Array:
     """Zeroes a share of the product's inputs and scales up the rest, as PEFT does."""
-    if key is None or leaf.dropout == 0:
+    if leaf.dropout == 0:
         return x
-    key = jax.random.fold_in(key, np.uint32(zlib.crc32(leaf.path.encode())))  # jax 0.11 wants it so
+    if context.key is None:
+        _LOG.info("Dropout of %r is off: adapt got no dropout_key.", leaf.path)
+        return x
+    key = jax.random.fold_in(context.key, np.uint32(zlib.crc32(leaf.path.encode())))
+    key = jax.random.fold_in(key, context.count(leaf.path))  # each use has a mask of its own
+    for axis in sorted(getattr(jax.typeof(x), "vma", ())):  # and each shard, inside shard_map
+        key = jax.random.fold_in(key, lax.axis_index(axis))
     kept = jax.random.bernoulli(key, 1 - leaf.dropout, x.shape)
     return jnp.where(kept, x / (1 - leaf.dropout), 0).astype(x.dtype)
 
@@ -113,69 +122,69 @@ def _drop_out(x: jax.Array, leaf: LowRank, key: jax.Array | None) -> jax.Array:
 def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
     """Rows of the weight (an embedding, one layer of a stack) from rows of its factors."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    indexed = numbers.start_index_map
-    if (
-        not isinstance(leaf, LowRank)
-        or is_array_leaf(indices)
-        or numbers.operand_batching_dims
-        or tuple(sorted(indexed)) != tuple(numbers.collapsed_slice_dims)
-        or any(sizes[axis] != leaf.shape[axis] for axis in range(leaf.ndim) if axis not in indexed)
-    ):
+    if not isinstance(leaf, LowRank) or is_array_leaf(indices) or numbers.operand_batching_dims:
         return NotImplemented
+    whole = [axis for axis in range(leaf.ndim) if sizes[axis] == leaf.shape[axis]]
+    indexed = [a for a in numbers.start_index_map if a not in whole or leaf.shape[a] == 1]
+    in_bounds = equation.params["mode"] in _NEVER_OUT_OF_BOUNDS
+    taken_whole = any(axis not in indexed for axis in numbers.start_index_map)
+    if taken_whole and not in_bounds:
+        return NotImplemented  # the index into such an axis may be out of bounds
     kept = [axis for axis in range(leaf.ndim) if axis not in indexed]
+    if any(sizes[axis] != 1 for axis in indexed) or any(axis not in whole for axis in kept):
+        return NotImplemented
     num_batch = indices.ndim - 1
-    offsets = iter(kept)
+    offsets = iter(a for a in range(leaf.ndim) if a not in numbers.collapsed_slice_dims)
     batch = iter(range(num_batch))
     out_axes = [
         ("w", next(offsets)) if place in numbers.offset_dims else ("index", next(batch))
         for place in range(len(equation.out.shape))
     ]
-    factors = [
-        _gather_rows(equation, factor, indices, [a for a in indexed if factor.shape[a] > 1])
-        for factor in (leaf.u, leaf.v)
-    ]
+    u, v = (_gather_rows(equation, f, indices, indexed) for f in (leaf.u, leaf.v))
+    axes = [*(("index", i) for i in range(num_batch)), *(("w", a) for a in kept)]
     base = equation.bind(leaf.w, indices)
-    if any(leaf.u.shape[a] > 1 for a in kept) and any(leaf.v.shape[a] > 1 for a in kept):
-        return _gathered_weight(leaf, base, factors, num_batch, out_axes)
-    factor_axes = [*(("index", i) for i in range(num_batch)), *(("w", a) for a in kept), "rank"]
-    u, v = (factor.astype(leaf.dtype) for factor in factors)
+    if all(any(f.shape[axis] > 1 for axis in kept) for f in (leaf.u, leaf.v)):
+        # Weights picked from a stack are weights still; the picks become axes that both own.
+        u, v = (_arrange(factor, axes, out_axes) for factor in (u, v))
+        return dataclasses.replace(leaf, w=base, u=u, v=v)
     update = contract(
-        leaf.scaling * u, factor_axes, v, factor_axes, out_axes,
+        leaf.scaling * u.astype(leaf.dtype),
+        [*axes, "rank"],
+        v.astype(leaf.dtype),
+        [*axes, "rank"],
+        out_axes,
         preferred_element_type=equation.out.dtype,
-    )  # fmt: skip
+    )
     return base + jnp.broadcast_to(update, equation.out.shape).astype(equation.out.dtype)
 
 
-def _gathered_weight(
-    leaf: LowRank,
-    base: Any,
-    factors: Sequence[jax.Array],
-    num_batch: int,
-    out_axes: Sequence[tuple[str, int]],
-) -> LowRank:
-    """Weights picked from a stack are weights still; the picks become axes that both own."""
-    kept = [axis for kind, axis in out_axes if kind == "w"]
-    order = [axis if kind == "index" else num_batch + kept.index(axis) for kind, axis in out_axes]
-    u, v = (factor.transpose(*order, factor.ndim - 1) for factor in factors)
-    return dataclasses.replace(leaf, w=base, u=u, v=v)
+_NEVER_OUT_OF_BOUNDS = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+
+def _arrange(factor: jax.Array, axes: Sequence[Any], out_axes: Sequence[Any]) -> jax.Array:
+    """`[*axes rank]` to `[*out_axes rank]`, with size 1 where the factor lacks an axis."""
+    present = [axis for axis in out_axes if axis in axes]
+    factor = factor.transpose(*(axes.index(axis) for axis in present), len(axes))
+    missing = [place for place, axis in enumerate(out_axes) if axis not in axes]
+    return lax.expand_dims(factor, missing)
 
 
 def _gather_rows(
-    equation: Equation, factor: jax.Array, indices: jax.Array, axes: Sequence[int]
+    equation: Equation, factor: jax.Array, indices: jax.Array, indexed: Sequence[int]
 ) -> jax.Array:
     """Indexes the axes that a factor owns: `[*indices, *other axes, rank]`, size 1 if none."""
     numbers = equation.params["dimension_numbers"]
     num_batch = indices.ndim - 1
-    if not axes:
-        squeezed = lax.squeeze(factor, numbers.start_index_map)
-        return lax.expand_dims(squeezed, range(num_batch))
-    dropped = [axis for axis in numbers.start_index_map if axis not in axes]
+    axes = [axis for axis in indexed if factor.shape[axis] > 1]
+    dropped = [axis for axis in indexed if axis not in axes]
     factor = lax.squeeze(factor, dropped)
+    if not axes:
+        return lax.expand_dims(factor, range(num_batch))
     places = tuple(axis - sum(other < axis for other in dropped) for axis in axes)
-    columns = jnp.asarray([numbers.start_index_map.index(axis) for axis in axes])
+    columns = np.asarray([numbers.start_index_map.index(axis) for axis in axes])
     return lax.gather(
         factor,
-        indices if not dropped else indices[..., columns],
+        indices if len(columns) == indices.shape[-1] else indices[..., columns],
         lax.GatherDimensionNumbers(
             offset_dims=tuple(range(num_batch, num_batch + factor.ndim - len(places))),
             collapsed_slice_dims=tuple(sorted(places)),
@@ -183,7 +192,7 @@ def _gather_rows(
         ),
         tuple(1 if axis in places else size for axis, size in enumerate(factor.shape)),
         mode=equation.params["mode"],
-        fill_value=equation.params["fill_value"],
+        fill_value=0,  # out of bounds the weight's own rows hold the fill; the update adds nothing
     )
 
 
@@ -205,7 +214,7 @@ def _convolution(equation: Equation, x: Any, leaf: Any) -> Any:
     kernel = jnp.concatenate([kernel] * groups, out_axis)  # every group has its own rank inputs
     hidden = equation.bind_as(
         params | {"preferred_element_type": None},
-        _drop_out(x, leaf, equation.context.key),
+        _drop_out(x, leaf, equation.context),
         kernel,
     )
     channel = params["dimension_numbers"].out_spec[1]
@@ -260,7 +269,7 @@ def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset
     u, v = (jnp.broadcast_to(f, (num_groups, *f.shape[1:])) for f in (u, v))
     u = jnp.broadcast_to(u, (num_groups, leaf.shape[summed], rank))
     v = jnp.broadcast_to(v, (num_groups, rank, leaf.shape[free]))
-    rows = _drop_out(x, leaf, equation.context.key)
+    rows = _drop_out(x, leaf, equation.context)
     rows = rows if tuple(x_summed) == (1,) else rows.T
     precision = equation.params["precision"]
     hidden = lax.ragged_dot(rows, u, group_sizes, precision=precision)

@@ -44,13 +44,14 @@ def shardings(params: Any, mesh: Mesh, rules: Rules, *, replicate: bool = False)
     """
 
     def place(path: str, leaf: Any) -> Any:
+        shape = tuple(getattr(leaf, "shape", ()))
         spec = next((spec for pattern, spec in rules if tree.matches(pattern, path)), None)
         if spec is None:
             raise ValueError(
-                f"No sharding rule matches {path!r} {list(leaf.shape)}; add one, or end the rules "
+                f"No sharding rule matches {path!r} {list(shape)}; add one, or end the rules "
                 "with ('*', PartitionSpec()) to replicate the rest."
             )
-        return NamedSharding(mesh, _fit(path, tuple(leaf.shape), spec, mesh))
+        return NamedSharding(mesh, _fit(path, shape, spec, mesh))
 
     base = tree.map_with_path(place, params, is_leaf=is_array_leaf)
     return follow(params, base, replicate=replicate)
@@ -72,6 +73,8 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
     def extend(leaf: Any, sharding: NamedSharding) -> Any:
         if not isinstance(leaf, LoraArray):
             return jax.tree.map(lambda _: sharding, leaf)
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(f"Adapters follow NamedShardings of the base, got a {sharding}.")
         places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
 
         def cut(role: str) -> list[Any]:
@@ -93,6 +96,9 @@ def _fit(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> 
         raise ValueError(f"{spec} has more entries than {path!r} {list(shape)} has axes.")
     fitted = []
     for axis, (size, place) in enumerate(zip(shape, spec)):
+        if place is PartitionSpec.UNCONSTRAINED:
+            fitted.append(place)
+            continue
         names = (place,) if isinstance(place, str) else tuple(place or ())
         if unknown := [name for name in names if name not in mesh.shape]:
             raise ValueError(

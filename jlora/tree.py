@@ -19,31 +19,46 @@ __all__ = [
     "leaf_paths",
     "map_with_path",
     "matches",
-    "path_string",
+    "path_strings",
     "unmatched",
 ]
 
 Pattern = str | re.Pattern[str]
 
-_WRAPPERS = frozenset({"params", "value", "raw_value"})
+_WRAPPERS = frozenset({"value", "raw_value"})
 
 
-def path_string(key_path: Sequence[Any]) -> str:
-    """Joins a key path of `jax.tree_util` to a string such as `layers/0/attn/kernel`.
+def path_strings(key_paths: Sequence[Sequence[Any]]) -> list[str]:
+    """Joins the key paths of a tree to strings such as `layers/0/attn/kernel`.
 
-    A leading `params` and the attributes that only wrap an array (`.value`, `.raw_value`) are left
-    out, so that one model gives the same paths in every library.
+    A leading `params` is left out, and so is an attribute that only wraps an array (`.value` of an
+    NNX variable or a partitioned Linen parameter), so that one model gives the same paths in every
+    library.
     """
-    segments = []
-    for position, key in enumerate(key_path):
-        segment = _segment(key)
-        wraps = isinstance(key, jax.tree_util.GetAttrKey | jax.tree_util.FlattenedIndexKey)
-        if segment == "params" and position == 0:
-            continue
-        if wraps and position == len(key_path) - 1 and (segment in _WRAPPERS or segment == "0"):
-            continue
-        segments.append(segment)
-    return "/".join(segments)
+    children: dict[tuple[Any, ...], set[Any]] = {}
+    for key_path in key_paths:
+        if key_path:
+            children.setdefault(tuple(key_path[:-1]), set()).add(key_path[-1])
+    return [
+        _join(key_path, wrapped=len(children.get(tuple(key_path[:-1]), ())) == 1)
+        for key_path in key_paths
+    ]
+
+
+def _join(key_path: Sequence[Any], *, wrapped: bool) -> str:
+    segments = [_segment(key) for key in key_path]
+    if wrapped and len(segments) > 1 and _wraps(key_path[-1]):
+        segments = segments[:-1]
+    return "/".join(segments[1:] if segments[0:1] == ["params"] else segments)
+
+
+def _wraps(key: Any) -> bool:
+    match key:
+        case jax.tree_util.GetAttrKey(name=name):
+            return name in _WRAPPERS
+        case jax.tree_util.FlattenedIndexKey(key=index):
+            return index == 0
+    return False
 
 
 def _segment(key: Any) -> str:
@@ -60,7 +75,7 @@ def _segment(key: Any) -> str:
 def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     """The path of every leaf, in the order of `jax.tree.leaves`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [path_string(key_path) for key_path, _ in flat]
+    return path_strings([key_path for key_path, _ in flat])
 
 
 def map_with_path(
@@ -68,10 +83,10 @@ def map_with_path(
 ) -> Any:
     """`jax.tree.map` whose function also gets the leaf's path: `fn(path, leaf, *others)`."""
 
-    def call(key_path: Sequence[Any], leaf: Any, *others: Any) -> Any:
-        return fn(path_string(key_path), leaf, *others)
-
-    return jax.tree_util.tree_map_with_path(call, tree, *rest, is_leaf=is_leaf)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_leaf)
+    others = [treedef.flatten_up_to(other) for other in rest]
+    paths = leaf_paths(tree, is_leaf)
+    return jax.tree.unflatten(treedef, [fn(*row) for row in zip(paths, leaves, *others)])
 
 
 def matches(pattern: Pattern, path: str) -> bool:

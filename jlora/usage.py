@@ -21,7 +21,7 @@ from jlora.leaf import ArrayLeaf, Context, Equation, is_array_leaf, reshape_grou
 __all__ = ["Explanation", "Kind", "WeightUse", "explain", "find_weights"]
 
 Kind = Literal[
-    "product", "embedding", "convolution", "experts", "elementwise", "unused", "captured"
+    "product", "embedding", "convolution", "experts", "elementwise", "other", "unused", "captured"
 ]
 
 
@@ -33,8 +33,9 @@ class WeightUse:
       path: of the array in its tree.
       shape: of the array.
       kind: `embedding` where rows are gathered; `product`, `convolution` or `experts` (a ragged
-        product) where every use is one; `elementwise` for any other use; `unused` where nothing
-        reads it; `captured` where moreover the function captures an array just like it.
+        product) where every use is one; `elementwise` where it is also or only added, multiplied
+        and the like; `other` for any other use; `unused` where nothing reads it; `captured` where
+        moreover the function captures an array just like it.
       contracted: the axes that meet the input: summed in a product, indexed in an embedding.
       free: the axes that remain in the product's result.
       stacked: the axes that a scan, a slice or a batched product runs over.
@@ -84,8 +85,8 @@ def find_weights(fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, W
     by_path: dict[str, list[_Use]] = {}
     for use in uses.values():
         by_path.setdefault(use.path, []).append(use)
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    paths = {tree.path_string(key_path): leaf for key_path, leaf in flat if _is_array(leaf)}
+    named = zip(tree.leaf_paths(params), jax.tree.leaves(params))
+    paths = {path: leaf for path, leaf in named if _is_array(leaf)}
     total = sum(use.multiply_adds for use in uses.values())
     return {
         path: _summarise(path, tuple(leaf.shape), by_path.get(path, []), total)
@@ -137,6 +138,9 @@ class _Sink:
     uses: dict[Any, _Use]
 
 
+_ELEMENTWISE = ("add", "add_any", "sub", "mul", "div", "max", "min", "broadcast_in_dim")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Recorder(Context):
     """A context that writes down the uses for which probes have no rule."""
@@ -144,7 +148,8 @@ class _Recorder(Context):
     uses: dict[Any, _Use] = dataclasses.field(default_factory=dict)
 
     def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
-        self.uses[leaf.name(), self.scope, primitive] = _Use(leaf.name(), primitive, "elementwise")
+        kind: Kind = "elementwise" if primitive in _ELEMENTWISE else "other"
+        self.uses[leaf.name(), self.scope, primitive] = _Use(leaf.name(), primitive, kind)
         return leaf.materialise()
 
     def captured(self, leaf: ArrayLeaf) -> None:
@@ -219,8 +224,9 @@ def _summarise(path: str, shape: tuple[int, ...], uses: Sequence[_Use], total: i
     if not kinds:  # rows gathered from it are all that is left of its uses
         kinds = [use.kind for use in uses]
     kind: Kind = "embedding" if "embedding" in kinds else kinds[0] if kinds else "unused"
-    if kind != "embedding" and "elementwise" in kinds:
-        kind = "elementwise"
+    for mixed in ("elementwise", "other"):
+        if kind != "embedding" and mixed in kinds:
+            kind = mixed
     with_axes = [use for use in uses if use.contracted]
     shown = next((use for use in with_axes if use.kind == kind), None)
     if shown is None and with_axes:
@@ -283,8 +289,9 @@ def _ragged_dot(equation: Equation, x: Any, probe: Any, *rest: Any) -> Any:
 def _gather(equation: Equation, probe: Any, indices: Any) -> Any:
     if not isinstance(probe, _Probe) or isinstance(indices, _Probe):
         return NotImplemented
-    numbers = equation.params["dimension_numbers"]
-    indexed = numbers.start_index_map
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    indexed = [a for a in numbers.start_index_map if sizes[a] < probe.shape[a]]
+    indexed = indexed or list(numbers.start_index_map)
     free = [axis for axis in range(probe.ndim) if axis not in indexed]
     still_a_weight = len(free) > 1
     probe.record(equation, "embedding", indexed, free, 0, still_a_weight)
@@ -308,10 +315,17 @@ def _convert_element_type(equation: Equation, probe: _Probe) -> Any:
 
 
 @rule(
-    _Probe, "copy", "copy_p", "stop_gradient", "pvary", "neg", "sharding_constraint", "slice"
+    _Probe,
+    *("copy", "copy_p", "stop_gradient", "pvary", "neg", "sharding_constraint", "slice"),
+    *("reshard", "name", "rev"),
 )  # fmt: skip
 def _keeps_axes(equation: Equation, probe: _Probe) -> Any:
     return dataclasses.replace(probe, array=equation.bind(probe.array))
+
+
+@rule(_Probe, "split")
+def _split(equation: Equation, probe: _Probe) -> Any:
+    return [dataclasses.replace(probe, array=part) for part in equation.bind(probe.array)]
 
 
 @rule(_Probe, "dynamic_slice")
@@ -379,20 +393,21 @@ class Explanation:
     Attributes:
       low_rank: from the leaf's path to the operations that meet its factors.
       dense: from the leaf's path to the operations that its exact dense array is built for.
+      captured: paths that are not read while the function captures an array like them.
     """
 
     low_rank: dict[str, tuple[str, ...]]
     dense: dict[str, tuple[str, ...]]
+    captured: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max([*map(len, self.low_rank), 4])
         lines = []
         for path in self.low_rank:
             uses = [f"{primitive}: low-rank" for primitive in self.low_rank[path]]
-            uses += [
-                f"{primitive}: dense, it has no low-rank rule here"
-                for primitive in self.dense[path]
-            ]
+            uses += [f"{primitive}: dense, no low-rank rule here" for primitive in self.dense[path]]
+            if path in self.captured:
+                uses.append("captured in a closure instead: its adapter has no effect")
             lines.append(f"{path.ljust(width)}  {'; '.join(uses) or 'not used'}")
         return "\n".join(lines)
 
@@ -403,6 +418,7 @@ class _Explainer(Context):
 
     low_rank: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
     dense: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
+    missed: list[str] = dataclasses.field(default_factory=list)
 
     def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
         self.dense.setdefault(leaf.name(), {})[primitive] = None
@@ -412,7 +428,7 @@ class _Explainer(Context):
         self.low_rank.setdefault(leaf.name(), {})[primitive] = None
 
     def captured(self, leaf: ArrayLeaf) -> None:
-        self.dense.setdefault(leaf.name(), {})["captured in a closure"] = None
+        self.missed.append(leaf.name())
 
 
 def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
@@ -431,9 +447,11 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
         return [leaf for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.Array)]
 
     jax.eval_shape(run, arrays)
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_array_leaf)
-    paths = [tree.path_string(key_path) for key_path, leaf in flat if is_array_leaf(leaf)]
+    leaves = jax.tree.leaves(params, is_leaf=is_array_leaf)
+    named = zip(tree.leaf_paths(params, is_leaf=is_array_leaf), leaves)
+    paths = [path for path, leaf in named if is_array_leaf(leaf)]
     return Explanation(
         {path: tuple(recorder.low_rank.get(path, ())) for path in paths},
         {path: tuple(recorder.dense.get(path, ())) for path in paths},
+        tuple(recorder.missed),
     )

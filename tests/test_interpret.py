@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from laws import arrays_of_size, assert_adapted_equals_dense, randomise
 
 import jlora
@@ -119,6 +120,17 @@ USES = {
             p["w"],
         )[0],
         STACKED,
+    ),
+    "cut in three": (
+        lambda p, x: (
+            sum(jnp.tanh(x @ w) for w in jnp.split(p["w"], [4, 9], axis=1)[:1])
+            + jnp.split(x @ p["w"], 5, axis=1)[2]
+        ),
+        ((D_IN, 20), ("in", "out")),
+    ),
+    "named": (
+        lambda p, x: x @ checkpoint_name(p["w"], "w"),
+        ((D_IN, D_OUT), ("in", "out")),
     ),
     "expanded and squeezed": (
         lambda p, x: x @ jnp.squeeze(jnp.expand_dims(p["w"], 1), 1),
@@ -435,3 +447,71 @@ def test_tracing_enters_the_function_once_and_each_jitted_part_once(getkey):
     params = make_params(getkey, (D_IN, D_IN))
     jlora.adapt(lambda p, x: layer(p["w"], layer(p["w"], x)))(params, jnp.ones((2, D_IN)))
     assert len(entered) == 1
+
+
+EMBEDDINGS = {
+    "vmapped": lambda p, t: jax.vmap(lambda i: p["w"][i])(t),
+    "scanned": lambda p, t: jax.lax.scan(lambda c, i: (c, p["w"][i]), 0, t)[1],
+    "filled": lambda p, t: jnp.take(p["w"], t, axis=0, mode="fill", fill_value=5.0),
+    "two axes at once": lambda p, t: p["w"][t % 50, t % 8],
+}
+
+
+@pytest.mark.parametrize("use", EMBEDDINGS)
+def test_rows_of_a_table_come_from_rows_of_the_factors(use, getkey):
+    params, tokens = make_params(getkey, (50, 8)), jnp.array([3, 60, 1])
+    assert_adapted_equals_dense(EMBEDDINGS[use], params, tokens, on_unsupported="error")
+
+
+def test_the_gradient_of_a_lookup_out_of_bounds_is_finite(getkey):
+    params, tokens = make_params(getkey, (50, 8)), jnp.array([1, 2, 60])
+
+    def masked(p, t):
+        return jnp.where((t < 50)[:, None], jnp.take(p["w"], t, axis=0), 0)
+
+    assert_adapted_equals_dense(masked, params, tokens, on_unsupported="error")
+
+
+def test_a_cast_to_float8_is_that_of_the_sum(getkey):
+    params, x = make_params(getkey), jnp.ones((2, D_IN))
+
+    def fn(p, x):
+        return x @ p["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32)
+
+    assert_adapted_equals_dense(fn, params, x, on_unsupported="allow", gradients=False)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_a_captured_weight_is_pointed_out_through_nested_functions(wrap, getkey):
+    params, captured = make_params(getkey), jnp.ones((D_IN, D_OUT))
+    fn = wrap(lambda params, x: x @ captured)
+    with pytest.warns(UserWarning, match="closure"):
+        jlora.adapt(fn)(params, jnp.ones((2, D_IN)))
+    assert "no effect" in str(jlora.explain(fn, params, jnp.ones((2, D_IN))))
+
+
+def test_half_a_tree_says_what_is_missing(getkey):
+    params = make_params(getkey)
+    for half in jlora.split(params, jlora.LoraConfig(targets=("w",))):
+        with pytest.raises(ValueError, match=r"jlora\.combine"):
+            jlora.adapt(lambda p, x: x @ p["w"])(half, jnp.ones((2, D_IN)))
+
+
+def test_adapt_works_inside_a_shard_map_of_the_users(getkey):
+    mesh = jax.make_mesh((4,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
+    params, x = make_params(getkey), jax.random.normal(getkey(), (2, D_IN))
+    leaf, spec = params["w"], jax.P("t", None)
+    specs = {"w": jlora.LoraArray(spec, spec, jax.P(), scaling=leaf.scaling)}
+    run = jax.shard_map(
+        jlora.adapt(lambda p, x: jax.lax.psum(x @ p["w"], "t"), on_unsupported="error"),
+        mesh=mesh,
+        in_specs=(specs, jax.P(None, "t")),
+        out_specs=jax.P(),
+    )
+    np.testing.assert_allclose(run(params, x), x @ jlora.merge_params(leaf), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_differs_between_uses_of_one_stack(getkey):
+    w, x, key = jnp.ones((D_IN, D_IN)), jnp.ones((4, D_IN)), getkey()
+    _, (first, second) = dropped_update(lambda p, x: (x @ p["w"], x @ p["w"]), w, x, key)
+    assert not np.allclose(first, second)

@@ -246,3 +246,38 @@ def test_summary_counts_parameters_and_bytes():
     assert "layers/1/q_proj/kernel" in str(table)
     assert "rank 2" in str(table)
     assert "%" in str(table).splitlines()[-1]
+
+
+def test_a_target_inside_a_custom_gradient_is_adapted_although_its_use_is_opaque():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+    params = {
+        "opaque": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+        "plain": {"kernel": jnp.ones((4, 4))},
+    }
+
+    def fn(params, x):
+        h = product(x, params["opaque"]["kernel"]) + params["opaque"]["bias"]
+        return h @ params["plain"]["kernel"]
+
+    config = jlora.LoraConfig(rank=2, targets=("*/kernel",))
+    adapted = jlora.init(jax.random.key(0), params, config, fn=fn, args=(jnp.ones((2, 4)),))
+    assert isinstance(adapted["opaque"]["kernel"], jlora.LoraArray)
+    assert isinstance(adapted["plain"]["kernel"], jlora.LoraArray)
+
+
+def test_leaves_that_share_a_path_are_refused():
+    params = {"params": {"w": jnp.ones((4, 4))}, "w": jnp.ones((4, 4))}
+    with pytest.raises(ValueError, match="share the paths"):
+        jlora.init(jax.random.key(0), params, jlora.LoraConfig(rank=2, targets=("w",)))
+
+
+@pytest.mark.parametrize("field", ["targets", "train"])
+def test_leaves_that_are_no_arrays_are_refused_by_name(field):
+    params = {"w": jnp.ones((4, 4)), "scale": 1.0}
+    config = jlora.LoraConfig(**{"rank": 2, "targets": ("w",), field: ("scale",)})
+    with pytest.raises(ValueError, match=r"'scale'.*float"):
+        jlora.init(jax.random.key(0), params, config)

@@ -70,3 +70,11 @@ def test_combine_refuses_two_values_for_one_leaf():
     assert jlora.combine({"a": 1, "b": None}, {"a": None, "b": 2}) == {"a": 1, "b": 2}
     with pytest.raises(ValueError, match="'a'"):
         jlora.combine({"a": 1}, {"a": 2})
+
+
+def test_a_field_called_value_keeps_its_name_beside_others():
+    class Attention(eqx.Module):
+        query: jax.Array
+        value: jax.Array
+
+    assert tree.leaf_paths({"a": Attention(jnp.ones(1), jnp.ones(1))}) == ["a/query", "a/value"]
