@@ -64,6 +64,7 @@ def load_base(
     *,
     dtype: str = "auto",
     remat: str = "none",
+    unroll: int = 1,
     tokenizer: chat.Tokenizer | None = None,
     weights: bool = True,
 ) -> Base:
@@ -74,6 +75,7 @@ def load_base(
       dtype: of the weights and the computation; "auto" is bfloat16 on GPU and TPU and float32 on
         CPU, which has no fast bfloat16.
       remat: as in `DecoderConfig`.
+      unroll: likewise.
       tokenizer: if it is there already.
       weights: False gives `ShapeDtypeStruct`s where config.json says enough, to look at a model
         larger than this machine's memory.
@@ -85,7 +87,7 @@ def load_base(
         model, params = models.load(name, dtype=dtype)
     else:
         model, params = _shapes(config_file, dtype)
-    model = type(model)(dataclasses.replace(model.config, remat=remat))
+    model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll))
     return Base(name, model, params, tokenizer or load_tokenizer(name))
 
 

@@ -54,9 +54,11 @@ def lora_config(run: config.RunConfig) -> jlora.LoraConfig:
     return jlora.LoraConfig(**run.lora.model_dump())
 
 
-def make_loss(base: Base, lora: jlora.LoraConfig) -> train.LossFn:
-    """The loss of a batch as `data.Batches` gives it."""
-    return objective.make_loss(base.model, base.params, lora)
+def make_loss(
+    base: Base, lora: jlora.LoraConfig, *, chunk_tokens: int | None = None
+) -> train.LossFn:
+    """The loss of a batch as `data.Batches` gives it; `chunk_tokens` as in `objective`."""
+    return objective.make_loss(base.model, base.params, lora, chunk_tokens=chunk_tokens)
 
 
 def make_optimizer(
@@ -234,6 +236,7 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
         run.model.path,
         dtype=run.model.dtype,
         remat=run.model.remat,
+        unroll=run.model.unroll,
         tokenizer=tokenizer,
     )
     # A target that matches nothing need not wait for the weights, which may take minutes.
@@ -257,7 +260,7 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
         state = restored.tree
         progress = train.Progress(**restored.metadata["progress"])
         say(f"Resuming at step {restored.step} of {job.steps}.")
-    loss_fn = make_loss(job.base, lora)
+    loss_fn = make_loss(job.base, lora, chunk_tokens=run.train.head_chunk_tokens)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(job.steps)), np.float64)
     log = report.MetricsLog(
         run.folder / "metrics.jsonl", resume_at=None if restored is None else restored.step

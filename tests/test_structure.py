@@ -15,7 +15,7 @@ ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "quant", "lora_config",
     "lora", "summary",
     "variants", "optim", "sharding",
-    "models.attention", "models.rotary", "models.remat", "models.decoder", "models.hf_config",
+    "models.remat", "models.attention", "models.rotary", "models.decoder", "models.hf_config",
     "models.hf", "models.gguf_tokenizer", "models.gguf", "models.hub", "models",
     "peft_names", "peft_folder", "peft", "checkpoint", "chat", "packing", "data", "docstrings",
     "train", "objective", "generate", "bench", "plan", "base", "config", "report", "process",

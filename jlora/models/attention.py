@@ -5,10 +5,11 @@ for another. Shapes: q is `[batch length heads head_dim]`, k and v have `kv_head
 `heads`; query head `i` reads key head `i // (heads // kv_heads)`. Keys are never repeated.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jlora.models import remat
 
 __all__ = ["cached_attention", "causal_attention"]
 
@@ -31,8 +32,8 @@ def causal_attention(
       An array like `q`.
     """
     if not _cudnn_supports(q, k, segment_ids):
-        return _blockwise(q, k, v, segment_ids)
-    return jax.lax.platform_dependent(q, k, v, segment_ids, cuda=_cudnn, default=_blockwise)
+        return _xla(q, k, v, segment_ids)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, cuda=_cudnn, default=_xla)
 
 
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -75,8 +76,12 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
 
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    return checkpoint_name(_blockwise(q, k, v, segment_ids), remat.ATTENTION)
+
+
 # Only q, k and v are kept for the backward pass, as by cuDNN: scores are computed again.
-@functools.partial(jax.checkpoint, prevent_cse=False)
+@jax.checkpoint
 def _blockwise(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:

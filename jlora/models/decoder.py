@@ -50,7 +50,7 @@ class DecoderConfig:
       o_bias: whether the attention's output projection adds a bias.
       mlp_bias: whether the MLP's projections add a bias.
       dtype: of activations and products; statistics, softmax and logits are float32.
-      remat: what the backward pass computes again, a name in `remat.POLICIES`.
+      remat: what the backward pass computes again, a name in `remat.POLICIES` or "keep:...".
       unroll: layers in one iteration of the loop over them. With all of them there is no loop: the
         program is faster, because nothing is copied into stacks, and compiles for longer.
       family: the architecture's name in files: "llama", "mistral" or "qwen2".
@@ -95,8 +95,7 @@ class DecoderConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
-        if self.remat not in remat.POLICIES:
-            raise ValueError(f"remat must be one of {list(remat.POLICIES)}, got {self.remat!r}.")
+        remat.check(self.remat)
 
 
 @functools.partial(
@@ -180,7 +179,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)
-        return checkpoint_name(y, remat.PROJECTION)
+        return checkpoint_name(y, self.name or "")
 
 
 class RMSNorm(nn.Module):
@@ -292,6 +291,7 @@ class Layer(nn.Module):
     def __call__(self, carry: _Carry, context: _Context) -> tuple[_Carry, None]:
         """Adds attention and MLP to the residual stream."""
         x, cache = carry
+        x = checkpoint_name(x, remat.LAYER_INPUT)
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.config.dtype)
         attention = Attention(self.config, name="self_attn")
         out, cache = attention(norm(name="input_layernorm")(x), cache, context)
@@ -314,7 +314,7 @@ class Decoder(nn.Module):
         c = self.config
         self.embed_tokens = Embedding(c)
         self.layers = nn.scan(
-            _with_remat(c.remat),
+            _scanned_layer(c.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax says int)
@@ -381,8 +381,7 @@ class Decoder(nn.Module):
             if positions is None:
                 positions = _positions(tokens, segment_ids)
             context = _Context(*self._angles(positions), segment_ids=segment_ids)
-            (x, _), _ = self.layers((self.embed_tokens(tokens), None), context)
-            return self.norm(x)
+            return self.norm(self._through_layers(self.embed_tokens(tokens), context))
 
         if padding_mask is None:
             padding_mask = jnp.ones(tokens.shape, bool)
@@ -399,15 +398,31 @@ class Decoder(nn.Module):
         index = cache.index + tokens.shape[1]
         return self.norm(x), Cache(layers[0], layers[1], valid, index)
 
+    def _through_layers(self, x: jax.Array, context: _Context) -> jax.Array:
+        c = self.config
+        if c.unroll < c.num_layers or c.remat == "none" or self.is_initializing():
+            return self.layers((x, None), context)[0][0]
+
+        # A loop of Python, where nn.scan would cut all layers out of the stack beforehand: here it
+        # is part of what is computed again, and no slice lives until the backward pass.
+        def run(index: int, stack: Any, x: jax.Array, context: _Context) -> jax.Array:
+            params = jax.tree.map(lambda w: jax.lax.index_in_dim(w, index, keepdims=False), stack)
+            return Layer(c, parent=None).apply({"params": params}, (x, None), context)[0][0]
+
+        stack = self.variables["params"]["layers"]
+        for index in range(c.num_layers):
+            x = remat.wrap(functools.partial(run, index), c.remat)(stack, x, context)
+        return x
+
     def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         c = self.config
         return rotary.angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
 
-def _with_remat(name: str) -> type[nn.Module]:
+def _scanned_layer(name: str) -> type[nn.Module]:
     if name == "none":
         return Layer
-    return nn.remat(Layer, policy=remat.POLICIES[name], prevent_cse=False)
+    return nn.remat(Layer, policy=remat.policy(name), prevent_cse=False)
 
 
 def _update(
