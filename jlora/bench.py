@@ -101,7 +101,7 @@ class Settings:
       shape: a name in `SHAPES`, or the path of a config.json.
       base: the format of the frozen weights, one of `BASES`; quantised ones compute in bfloat16.
       remat: as in `DecoderConfig`.
-      unroll: likewise; 0 is all layers.
+      unroll: likewise.
       batch: rows of a micro-batch.
       length: tokens of a row.
       segments: packed examples in a row, of equal length; a row of one is not masked by segments.
@@ -132,13 +132,10 @@ class Settings:
     def __post_init__(self):
         if self.base not in BASES:
             raise ValueError(f"base must be one of {list(BASES)}, got {self.base!r}.")
-        for name in ("batch", "length", "segments", "rank", "accumulation", "steps", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.head_chunk is not None and self.head_chunk < 1:
-            raise ValueError(f"head_chunk must be at least 1, got {self.head_chunk}.")
-        if self.unroll < 0 or self.warm_up < 0:
-            raise ValueError("unroll and warm_up must be at least 0.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}.")
         if self.length % self.segments:
             raise ValueError(
                 f"length {self.length} is no multiple of segments {self.segments}: segments are of "
@@ -173,8 +170,7 @@ def decoder_config(settings: Settings) -> decoder.DecoderConfig:
             f"shape must be one of {list(SHAPES)} or the path of a config.json, got "
             f"{settings.shape!r}."
         )
-    unroll = settings.unroll or config.num_layers
-    return dataclasses.replace(config, dtype=dtype, remat=settings.remat, unroll=unroll)
+    return dataclasses.replace(config, dtype=dtype, remat=settings.remat, unroll=settings.unroll)
 
 
 def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -414,6 +410,7 @@ def _result(
         "tokens_per_second": [round(settings.tokens / seconds, 1) for seconds in step_times],
         "tokens_per_second_median": round(settings.tokens / median, 1),
         "model_flops": flops,
+        "xla_flops": (compiled.cost_analysis() or {}).get("flops"),  # a loop's body counts once
         "utilisation": None if peak is None else round(flops / median / peak, 4),
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "argument_bytes": getattr(analysis, "argument_size_in_bytes", None),

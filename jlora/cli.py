@@ -135,7 +135,7 @@ def _add_bench(commands: Any) -> None:
         ("shape", str, "tiny, 1b, 8b, 65b, 70b or the path of a config.json; default 1b"),
         ("base", str, "bfloat16 (default), float32, nf4, int8 or float8"),
         ("remat", str, "what the backward pass computes again, as model.remat; default none"),
-        ("unroll", int, "layers in an iteration of the loop, 0 for all; default 1"),
+        ("unroll", int, "layers in an iteration of the loop over them; default 1"),
         ("batch", int, "rows of a micro-batch; default 4"),
         ("length", int, "tokens of a row; default 2048"),
         ("segments", int, "packed examples in a row; default 1, without a mask"),
