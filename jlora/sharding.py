@@ -99,14 +99,12 @@ def _follow_packed(leaf: QuantArray, sharding: NamedSharding) -> Any:
     mesh = sharding.mesh
     places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
     column = leaf.axes.index("in")
-    if parts := _num_parts(places[column], mesh):
-        if leaf.num_units() % parts:
-            _LOG.warning(
-                "Axis %d of a %s %s is replicated: its %d blocks do not divide by the %d parts "
-                "of %s.", column, type(leaf).__name__, leaf.shape, leaf.num_units(), parts,
-                places[column],
-            )  # fmt: skip
-            places[column] = None
+    if (parts := _num_parts(places[column], mesh)) and leaf.num_units() % parts:
+        _LOG.warning(
+            "Axis %d of a %s %s is replicated: its %d blocks do not divide by the %d parts of %s.",
+            column, type(leaf).__name__, leaf.shape, leaf.num_units(), parts, places[column],
+        )  # fmt: skip
+        places[column] = None
     specs = leaf.specs(PartitionSpec(*places))
     return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), leaf, specs)
 

@@ -141,7 +141,7 @@ def _roles(
         raise ValueError(
             f"The axes of {path!r} {list(leaf.shape)} are ambiguous: which meet the input, which "
             "the output, and which are a stack? Pass fn= and args=, so that they are read off its "
-            f"use, or axes={{{path!r}: ('stack', 'in', 'out')}} or the like (in LoraConfig for init)."
+            f"use, or axes={{{path!r}: ('stack', 'in', 'out')}} or the like."
         )
     if len(roles) != leaf.ndim:
         raise ValueError(f"config.axes names {len(roles)} axes for {path!r} {list(leaf.shape)}.")
