@@ -27,6 +27,7 @@ Fine-tune language models with LoRA in JAX.
   jlora generate runs/quickstart --prompt "..."  one answer
   jlora merge runs/quickstart -o merged/         a Hugging Face folder for transformers, vLLM, ...
   jlora export runs/quickstart -o adapter/       a PEFT folder
+  jlora bench --shape 1b                         speed and memory of a step on this machine
 """
 
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/quickstart")
         sub.add_argument("-o", "--output", required=True, metavar="DIR", help=described)
         sub.set_defaults(command=command)
+    _add_bench(commands)
     return parser
 
 
@@ -122,6 +124,33 @@ def _add_generate(commands: Any) -> None:
         help="of the base; by default that of the run, and auto for a model",
     )
     sub.set_defaults(command=_generate)
+
+
+def _add_bench(commands: Any) -> None:
+    summary = "measure a training step on random weights"
+    sub = commands.add_parser("bench", help=summary, description=f"{summary}; no download")
+    sub.add_argument("--json", metavar="FILE", help="append the line of JSON to this file too")
+    # Without a default here, that of bench.Settings holds.
+    for name, kind, described in (
+        ("shape", str, "tiny, 1b, 8b, 65b, 70b or the path of a config.json; default 1b"),
+        ("base", str, "bfloat16 (default), float32, nf4, int8 or float8"),
+        ("remat", str, "what the backward pass computes again, as model.remat; default none"),
+        ("unroll", int, "layers in an iteration of the loop, 0 for all; default 1"),
+        ("batch", int, "rows of a micro-batch; default 4"),
+        ("length", int, "tokens of a row; default 2048"),
+        ("segments", int, "packed examples in a row; default 1, without a mask"),
+        ("rank", int, "of the adapters; default 16"),
+        ("targets", str, "weights to adapt, with commas; default the seven projections"),
+        ("head-chunk", int, "tokens that go through the head together; default as in a run"),
+        ("accumulation", int, "micro-batches of a step; default 1"),
+        ("steps", int, "of a repetition; default 5"),
+        ("repetitions", int, "default 3, after 2 steps to warm up"),
+    ):
+        metavar = "N" if kind is int else name.upper()
+        sub.add_argument(
+            f"--{name}", type=kind, metavar=metavar, help=described, default=argparse.SUPPRESS
+        )
+    sub.set_defaults(command=_bench)
 
 
 # Errors
@@ -286,6 +315,25 @@ def _export(args: argparse.Namespace) -> None:
     loaded, lora = runs.load_run(args.run, _whisper)
     peft.save(args.output, loaded.params, lora, base_model=loaded.name)
     _say(f"Wrote the adapter to {args.output}.")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "debug", "json")}
+    if "targets" in given:
+        given["targets"] = tuple(given["targets"].split(","))
+    import jax
+
+    from jlora import bench
+
+    # A program from the cache would make the time to compile a wrong one.
+    jax.config.update("jax_enable_compilation_cache", False)
+    result = bench.measure(bench.Settings(**given), _whisper)
+    _say(bench.table(result))
+    line = json.dumps(result)
+    _say(line)
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _refuse_occupied(folder: str) -> None:

@@ -26,6 +26,7 @@ from jlora import (
     data,
     docstrings,
     generate,
+    objective,
     optim,
     peft,
     process,
@@ -55,36 +56,7 @@ def lora_config(run: config.RunConfig) -> jlora.LoraConfig:
 
 def make_loss(base: Base, lora: jlora.LoraConfig) -> train.LossFn:
     """The loss of a batch as `data.Batches` gives it."""
-
-    trained = jlora.split(base.params, lora)[0]
-    top = "embed_tokens" if base.model.config.tie_embeddings else "lm_head"
-    head_is_frozen = not jax.tree.leaves(trained[top])
-    # Small chunks skip more of the head; an accelerator wants larger products.
-    chunk_tokens = 128 if jax.default_backend() == "cpu" else 1024
-
-    def compute(params: Any, batch: dict[str, jax.Array]) -> Any:
-        apply = functools.partial(base.model.apply, {"params": params})
-        hidden = apply(
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            method="hidden",
-        )
-        head = functools.partial(apply, method="head")
-        return train.head_cross_entropy(
-            head,
-            hidden,
-            batch["targets"],
-            batch["loss_mask"],
-            chunk_tokens=chunk_tokens,
-            head_is_frozen=head_is_frozen,
-        )
-
-    def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Any:
-        dropout_key = key if lora.dropout else None
-        return jlora.adapt(compute, dropout_key=dropout_key)(params, batch)
-
-    return loss_fn
+    return objective.make_loss(base.model, base.params, lora)
 
 
 def make_optimizer(

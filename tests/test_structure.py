@@ -15,10 +15,11 @@ ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "lora_config", "targets",
     "nf4", "packed", "quant", "lora", "summary",
     "variants", "optim", "sharding",
-    "models.attention", "models.decoder", "models.hf_config", "models.hf", "models.gguf_tokenizer",
-    "models.gguf", "models.hub", "models",
+    "models.attention", "models.rotary", "models.remat", "models.decoder", "models.hf_config",
+    "models.hf", "models.gguf_tokenizer", "models.gguf", "models.hub", "models",
     "peft_names", "peft_folder", "peft", "checkpoint", "chat", "packing", "data", "docstrings",
-    "train", "generate", "bench", "plan", "base", "config", "report", "process", "run", "cli",
+    "train", "objective", "generate", "bench", "plan", "base", "config", "report", "process",
+    "run", "cli",
 ]
 # fmt: on
 

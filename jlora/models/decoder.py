@@ -13,43 +13,20 @@ Parameters of all layers are stacked on a leading axis; kernels are `[d_in, d_ou
 
 import dataclasses
 import functools
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jlora.models import remat, rotary
 from jlora.models.attention import cached_attention, causal_attention
+from jlora.models.rotary import RopeScaling
 
 __all__ = ["Cache", "Decoder", "DecoderConfig", "RopeScaling", "init_cache", "param_shapes"]
 
-_PROJECTION = "projection"  # what remat="dots" keeps
 _normal = nn.initializers.normal(0.02)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length trained first.
-
-    Attributes:
-      kind: "linear" divides every frequency by `factor`; "llama3" only the low ones.
-      factor: at least 1.
-      low_freq_factor: wavelengths above `original_max_positions` over this are divided (llama3).
-      high_freq_factor: wavelengths below `original_max_positions` over this are kept (llama3).
-      original_max_positions: tokens the model was first trained on (llama3).
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"kind must be 'linear' or 'llama3', got {self.kind!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +50,9 @@ class DecoderConfig:
       o_bias: whether the attention's output projection adds a bias.
       mlp_bias: whether the MLP's projections add a bias.
       dtype: of activations and products; statistics, softmax and logits are float32.
-      remat: what the backward pass computes again: "none", "full" (all but each layer's input), or
-        "dots" (all but the projections' outputs and each layer's input).
+      remat: what the backward pass computes again, a name in `remat.POLICIES`.
+      unroll: layers in one iteration of the loop over them. With all of them there is no loop: the
+        program is faster, because nothing is copied into stacks, and compiles for longer.
       family: the architecture's name in files: "llama", "mistral" or "qwen2".
       bos_token_id: kept for files.
       eos_token_ids: kept for files.
@@ -97,7 +75,8 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     dtype: str = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: str = "none"
+    unroll: int = 1
     family: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -106,7 +85,8 @@ class DecoderConfig:
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+                      "unroll"):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -115,8 +95,8 @@ class DecoderConfig:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
-        if self.remat not in ("none", "full", "dots"):
-            raise ValueError(f"remat must be 'none', 'full' or 'dots', got {self.remat!r}.")
+        if self.remat not in remat.POLICIES:
+            raise ValueError(f"remat must be one of {list(remat.POLICIES)}, got {self.remat!r}.")
 
 
 @functools.partial(
@@ -200,7 +180,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)
-        return checkpoint_name(y, _PROJECTION)
+        return checkpoint_name(y, remat.PROJECTION)
 
 
 class RMSNorm(nn.Module):
@@ -277,7 +257,7 @@ class Attention(nn.Module):
         k = linear(kv_features, c.qkv_bias, name="k_proj")(x)
         v = linear(kv_features, c.qkv_bias, name="v_proj")(x)
         q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (q, k, v))
-        q, k = (_rotate(y, context.cos, context.sin) for y in (q, k))
+        q, k = (rotary.rotate(y, context.cos, context.sin) for y in (q, k))
         if cache is None:
             out = causal_attention(q, k, v, segment_ids=context.segment_ids)
         else:
@@ -339,6 +319,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax says int)
             length=c.num_layers,
+            unroll=min(c.unroll, c.num_layers),
         )(c)
         self.norm = RMSNorm(c.rms_norm_eps, c.dtype)
         if not c.tie_embeddings:
@@ -399,7 +380,7 @@ class Decoder(nn.Module):
                 segment_ids = jnp.where(padding_mask, ids, 0)
             if positions is None:
                 positions = _positions(tokens, segment_ids)
-            context = _Context(*_rotary(positions, self.config), segment_ids=segment_ids)
+            context = _Context(*self._angles(positions), segment_ids=segment_ids)
             (x, _), _ = self.layers((self.embed_tokens(tokens), None), context)
             return self.norm(x)
 
@@ -411,21 +392,22 @@ class Decoder(nn.Module):
         valid = jax.lax.dynamic_update_slice(cache.valid, padding_mask, (0, cache.index))
         slots = jnp.arange(valid.shape[1])
         causal = slots <= cache.index + jnp.arange(tokens.shape[1])[:, None]  # [length slots]
-        cos, sin = _rotary(positions, self.config)
+        cos, sin = self._angles(positions)
         context = _Context(cos, sin, mask=causal & valid[:, None], index=cache.index)
         layers = (cache.keys, cache.values, jnp.zeros((), jnp.int32))
         (x, layers), _ = self.layers((self.embed_tokens(tokens), layers), context)
         index = cache.index + tokens.shape[1]
         return self.norm(x), Cache(layers[0], layers[1], valid, index)
 
+    def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        return rotary.angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
-def _with_remat(remat: str) -> type[nn.Module]:
-    if remat == "none":
+
+def _with_remat(name: str) -> type[nn.Module]:
+    if name == "none":
         return Layer
-    policy = None
-    if remat == "dots":
-        policy = jax.checkpoint_policies.save_only_these_names(_PROJECTION)
-    return nn.remat(Layer, policy=policy, prevent_cse=False)
+    return nn.remat(Layer, policy=remat.POLICIES[name], prevent_cse=False)
 
 
 def _update(
@@ -456,37 +438,6 @@ def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         return index
     first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-
-
-def _rotary(positions: jax.Array, config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of each position's angles, float32 `[batch length 1 head_dim/2]`."""
-    frequencies = jnp.asarray(_frequencies(config))
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _frequencies(config: DecoderConfig) -> np.ndarray:
-    """Rotary frequencies, radians a token, `[head_dim/2]`; float32 as in transformers."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = 1 / np.float32(config.rope_theta) ** exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    scaled = frequencies / np.float32(scaling.factor)
-    if scaling.kind == "linear":
-        return scaled
-    # Turns within the first training length; between the two factors the two are blended.
-    turns = scaling.original_max_positions * frequencies / np.float32(2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
-    return (1 - smooth) * scaled + smooth * frequencies
-
-
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + head_dim/2) of each head by the position's angles."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 def _check_shapes(

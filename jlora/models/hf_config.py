@@ -164,7 +164,8 @@ def to_json(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
         data |= {"use_sliding_window": False}
 
     again = from_json(data, source="config.json")
-    again = dataclasses.replace(again, dtype=config.dtype, remat=config.remat)
+    # How it computes is no part of the file.
+    again = dataclasses.replace(again, dtype=config.dtype, remat=config.remat, unroll=config.unroll)
     if again != config:
         lost = [
             f"{field.name}={getattr(config, field.name)!r}"
