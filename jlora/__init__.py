@@ -9,6 +9,7 @@ from typing import Any
 
 from jlora.interpret import adapt
 from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split
+from jlora.quant import dequantize, quantize
 from jlora.summary import summary
 from jlora.tree import combine
 from jlora.usage import explain, find_weights
@@ -18,6 +19,7 @@ __all__ = [
     "LoraConfig",
     "adapt",
     "combine",
+    "dequantize",
     "explain",
     "find_weights",
     "init",
@@ -26,6 +28,7 @@ __all__ = [
     "lora_plus",
     "merge_params",
     "optimizer",
+    "quantize",
     "split",
     "summary",
 ]
@@ -47,6 +50,7 @@ _MODULES = (
     "models",
     "optim",
     "peft",
+    "quant",
     "report",
     "sharding",
     "train",

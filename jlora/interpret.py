@@ -406,6 +406,7 @@ def _enter_shard_map(
         results = _evaluate(params["jaxpr"], operands, context)
         return [_dense(result, "shard_map output", context) for result in results]
 
+    arguments = [leaf.divisible() if is_array_leaf(leaf) else leaf for leaf in arguments]
     specs = tuple(
         argument.specs(spec) if is_array_leaf(argument) else spec
         for argument, spec in zip(arguments, params["in_specs"])

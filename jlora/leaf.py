@@ -32,6 +32,8 @@ class ArrayLeaf:
     `materialise`, and registers with `rule` what it can do better than being materialised.
     """
 
+    way = "low-rank"  # how its rules serve an operation, in `explain`
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array that this leaf stands for."""
@@ -72,6 +74,10 @@ class ArrayLeaf:
 
     def stacked(self) -> "ArrayLeaf":
         """The leaf after a scan has stacked each of its arrays along a new leading axis."""
+        return self
+
+    def divisible(self) -> "ArrayLeaf":
+        """The same leaf with arrays that a shard_map can cut as it cuts the array it stands for."""
         return self
 
     def specs(self, spec: jax.sharding.PartitionSpec) -> "ArrayLeaf":

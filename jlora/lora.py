@@ -21,10 +21,11 @@ import numpy as np
 from jlora import products as _rules  # noqa: F401  registers them
 from jlora import tree
 from jlora.leaf import ArrayLeaf, is_array_leaf
-from jlora.lora_config import Axis, LoraConfig, first_match
+from jlora.lora_config import Axis, LoraConfig
 from jlora.lowrank import LowRank
-from jlora.tree import Pattern
-from jlora.usage import WeightUse, find_weights
+from jlora.quant import QuantArray, dequantize
+from jlora.targets import choose, leaves_by_path
+from jlora.usage import find_weights
 
 __all__ = [
     "Axis",
@@ -103,7 +104,8 @@ class LoraArray(ArrayLeaf):
             )
         b = jnp.moveaxis(self.b, self.axes.count("stack"), -1)  # [*stack *out rank]
         u, v = self._spread(self.a, "in"), self._spread(b, "out")
-        return LowRank(self.w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
+        w = self.w.enter(path) if is_array_leaf(self.w) else self.w
+        return LowRank(w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
 
     def _spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
         """`[*stack *owned rank]` to `[*axes rank]`, with size 1 along the other factor's axes."""
@@ -155,8 +157,10 @@ def init(
     """
     leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None
-    roles = {path: _roles(path, leaves[path], config, uses) for path in
-             _chosen_paths(leaves, config, uses)}  # fmt: skip
+    roles = choose(leaves, config, uses)
+    for path in roles:
+        if isinstance(leaves[path], LoraArray):
+            raise ValueError(f"{path!r} already has an adapter; merge it before adding another.")
     _check_train(leaves, config, roles)
 
     shapes = {path: _factor_shapes(path, leaves[path], r, config) for path, r in roles.items()}
@@ -184,124 +188,6 @@ def init(
     return adapted
 
 
-def leaves_by_path(params: Any) -> dict[str, Any]:
-    """Every leaf of a tree by its path; an adapted or quantised weight is one leaf."""
-    leaves = jax.tree.leaves(params, is_leaf=is_array_leaf)
-    if not leaves:
-        raise ValueError("The parameter tree has no leaves.")
-    paths = tree.leaf_paths(params, is_leaf=is_array_leaf)
-    if len(set(paths)) < len(paths):
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        raise ValueError(f"Several leaves of the tree share the paths {twice}; rename them.")
-    return dict(zip(paths, leaves))
-
-
-def _chosen_paths(
-    leaves: Mapping[str, Any], config: LoraConfig, uses: Mapping[str, WeightUse] | None
-) -> list[str]:
-    excluded = {
-        path for path in leaves for pattern in config.exclude if tree.matches(pattern, path)
-    }
-    for pattern in config.exclude:
-        if not any(tree.matches(pattern, path) for path in leaves):
-            raise tree.unmatched("exclude", pattern, leaves)
-    chosen = []
-    for pattern in config.targets:
-        if pattern == "all-linear":
-            if uses is None:
-                raise ValueError(
-                    "targets='all-linear' is read off the function that uses the weights: pass "
-                    "fn= and args= to init, or name the weights in targets."
-                )
-            found = [path for path, use in uses.items() if use.kind == "product"]
-        else:
-            found = [path for path in leaves if tree.matches(pattern, path)]
-        weights = [path for path in found if _is_weight(path, leaves[path], config, uses)]
-        if not weights:
-            if found:
-                raise ValueError(_no_weight(pattern, found, leaves, uses))
-            if pattern == "all-linear":
-                raise ValueError("targets='all-linear' found nothing: fn multiplies with no leaf.")
-            raise tree.unmatched("target", pattern, leaves)
-        chosen += [path for path in weights if path not in excluded]
-    if not chosen:
-        raise ValueError(f"exclude={config.exclude} leaves nothing of targets={config.targets}.")
-    chosen = list(dict.fromkeys(chosen))
-    for field in ("rank_pattern", "alpha_pattern", "axes"):
-        _check_values(field, getattr(config, field), chosen)
-    return chosen
-
-
-def _check_values(field: str, pairs: Sequence[tuple[Pattern, Any]], chosen: Sequence[str]) -> None:
-    """Each pattern names an adapted weight, and no two give one weight different values."""
-    for pattern, _ in pairs:
-        if not any(tree.matches(pattern, path) for path in chosen):
-            raise tree.unmatched(field, pattern, chosen)
-    for path in chosen:
-        given = [(pattern, value) for pattern, value in pairs if tree.matches(pattern, path)]
-        if len({value for _, value in given}) > 1:
-            raise ValueError(
-                f"{field} gives {path!r} different values: {given}. Make the patterns narrower."
-            )
-
-
-def _is_weight(
-    path: str, leaf: Any, config: LoraConfig, uses: Mapping[str, WeightUse] | None
-) -> bool:
-    """Whether a leaf that a target matches is a weight, not a bias or a norm beside one."""
-    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return False
-    if first_match(config.axes, path, None):
-        return True
-    if uses is not None:
-        use = uses[path]
-        if (use.contracted and use.free) or use.kind != "other":
-            return bool(use.contracted and use.free)
-        # What reads it cannot be looked into (a custom gradient, a kernel): judge by its shape.
-    return leaf.ndim >= 2 and path.split("/")[-1] not in ("bias", "scale")
-
-
-def _no_weight(pattern: Pattern, found: Sequence[str], leaves: Mapping[str, Any], uses: Any) -> str:
-    def describe(path: str) -> str:
-        leaf = leaves[path]
-        use = (uses or {}).get(path)
-        used = f", used as {use.kind} by {use.primitives}" if use else ""
-        shape = list(getattr(leaf, "shape", ()))
-        return f"{path!r} ({getattr(leaf, 'dtype', type(leaf).__name__)}{shape}{used})"
-
-    return (
-        f"Target {pattern!r} matches only leaves that a low-rank update does not fit: "
-        f"{', '.join(describe(path) for path in found[:6])}. Targets are floating-point weights of "
-        "matrix products and embeddings; put leaves to train whole into train=."
-    )
-
-
-def _roles(
-    path: str, leaf: Any, config: LoraConfig, uses: Mapping[str, WeightUse] | None
-) -> tuple[Axis, ...]:
-    """The role of each axis of a weight: as configured, as used, or `[in, out]` for a matrix."""
-    if isinstance(leaf, LoraArray):
-        raise ValueError(f"{path!r} already has an adapter; merge it before adding another.")
-    roles: Any = first_match(config.axes, path, None)
-    use = uses[path] if uses is not None else None
-    if roles is None and use is not None and use.contracted and use.free:
-        roles = tuple(
-            "in" if axis in use.contracted else "out" if axis in use.free else "stack"
-            for axis in range(leaf.ndim)
-        )
-    if roles is None and leaf.ndim == 2:
-        roles = ("in", "out")
-    if roles is None:
-        raise ValueError(
-            f"The axes of {path!r} {list(leaf.shape)} are ambiguous: which meet the input, which "
-            "the output, and which are a stack? Pass fn= and args= to init, so that they are read "
-            f"off its use, or config.axes={{{path!r}: ('stack', 'in', 'out')}} or the like."
-        )
-    if len(roles) != leaf.ndim:
-        raise ValueError(f"config.axes names {len(roles)} axes for {path!r} {list(leaf.shape)}.")
-    return roles
-
-
 def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterable[str]) -> None:
     for pattern in config.train:
         matched = [path for path in leaves if tree.matches(pattern, path)]
@@ -310,6 +196,11 @@ def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterabl
         for path in matched:
             if path in adapted:
                 raise ValueError(f"{path!r} is both in targets and in train; choose one.")
+            if isinstance(leaves[path], QuantArray):
+                raise ValueError(
+                    f"train names {path!r}, which is quantised ({type(leaves[path]).__name__}) and "
+                    "has no gradient. Leave it out of quantize's targets, or out of train."
+                )
             dtype = getattr(leaves[path], "dtype", type(leaves[path]).__name__)
             if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"train names {path!r}, whose dtype {dtype} has no gradient.")
@@ -370,6 +261,8 @@ def labels(params: Any, config: LoraConfig) -> Any:
     def label(path: str, leaf: Any) -> Any:
         if isinstance(leaf, LoraArray):
             return leaf.labels()
+        if isinstance(leaf, QuantArray):
+            return jax.tree.map(lambda _: "frozen", leaf)
         trains = any(tree.matches(pattern, path) for pattern in config.train)
         return jax.tree.map(lambda _: "full" if trains else "frozen", leaf)
 
@@ -395,20 +288,32 @@ def split(params: Any, config: LoraConfig) -> tuple[Any, Any]:
     return trainable, frozen
 
 
-def merge_params(params: Any, *, dtype: Any = None) -> Any:
+def merge_params(params: Any, *, dtype: Any = None, requantize: bool = False) -> Any:
     """The tree with plain arrays: each adapter's update is added to its weight.
 
     Pure, so nothing drifts however often it is called: `w + scaling * a @ b` in float32, rounded
-    once.
+    once. A quantised weight becomes the dense one that it stands for.
 
     Args:
       params: a tree from `init`, also under `jit`, or a single leaf.
       dtype: of the merged weights; by default that of each base weight.
+      requantize: pack merged weights whose base is quantised again, in the same format, and leave
+        quantised weights without an adapter as they are. `jlora.merge_error` says what that costs.
+
+    Raises:
+      ValueError: if both `dtype` and `requantize` are given.
     """
+    if requantize and dtype is not None:
+        raise ValueError("A weight is quantised again in its own format: leave dtype out.")
 
     def merge(leaf: Any) -> Any:
+        if isinstance(leaf, QuantArray):
+            return leaf if requantize else dequantize(leaf, dtype=dtype)
         if not isinstance(leaf, LoraArray):
             return leaf
+        if requantize and isinstance(leaf.w, QuantArray):
+            wide = dequantize(leaf.w, dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+            return leaf.w.pack_like(dataclasses.replace(leaf, w=wide).materialise())
         if dtype is None:
             return leaf.materialise()
         wide = jnp.promote_types(dtype, jnp.float32)
@@ -419,10 +324,20 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
 
 
 def count_parameters(
-    params: Any, config: LoraConfig, measure: Callable[[Any], int] = lambda x: x.size
+    params: Any, config: LoraConfig, measure: Callable[[Any], int] = lambda x: math.prod(x.shape)
 ) -> tuple[int, int]:
-    """A measure summed over the arrays that train and over those that do not."""
-    names = jax.tree.leaves(labels(params, config))
-    sizes = [measure(x) if hasattr(x, "dtype") else 0 for x in jax.tree.leaves(params)]
-    frozen = sum(size for name, size in zip(names, sizes) if name == "frozen")
-    return sum(sizes) - frozen, frozen
+    """A measure summed over what trains and over what does not; a quantised weight is one."""
+
+    def one(leaf: Any) -> bool:
+        return isinstance(leaf, QuantArray)
+
+    leaves, treedef = jax.tree.flatten(params, is_leaf=one)
+    names = treedef.flatten_up_to(labels(params, config))
+    trainable = frozen = 0
+    for name, leaf in zip(names, leaves):
+        size = measure(leaf) if hasattr(leaf, "dtype") else 0
+        if one(leaf) or name == "frozen":
+            frozen += size
+        else:
+            trainable += size
+    return trainable, frozen

@@ -91,6 +91,10 @@ class LowRank(ArrayLeaf):
 
         return (scanned_w, *scanned), rebuild
 
+    def divisible(self) -> "LowRank":
+        """With a base whose arrays can be cut."""
+        return dataclasses.replace(self, w=self.w.divisible()) if is_array_leaf(self.w) else self
+
     def specs(self, spec: jax.sharding.PartitionSpec) -> "LowRank":
         """Each factor is cut along the axes that it owns, as the weight is."""
         places = [*spec, *[None] * (self.ndim - len(spec))]

@@ -11,6 +11,7 @@ import optax
 
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, labels
+from jlora.quant import QuantArray
 
 __all__ = ["lora_fa", "lora_plus", "optimizer"]
 
@@ -35,13 +36,14 @@ def optimizer(
 
     Raises:
       ValueError: for an unknown label, or, on `init`, for an array whose label has no
-        transformation.
+        transformation, or for a quantised weight.
 
     >>> tx = optimizer(optax.adamw(2e-4), LoraConfig(targets=("q_proj", "v_proj")))
     """
     if not isinstance(tx, Mapping):
         one: dict[Any, Any] = {"trainable": tx, "frozen": optax.set_to_zero()}
-        return optax.multi_transform(one, functools.partial(_trainable_or_frozen, config))
+        by_label = optax.multi_transform(one, functools.partial(_trainable_or_frozen, config))
+        return _refuse_quantised(by_label)
     if unknown := set(tx) - set(_LABELS):
         raise ValueError(f"Unknown labels {sorted(unknown)}; known labels are {_LABELS}.")
     transforms: dict[Any, Any] = {"frozen": optax.set_to_zero(), **tx}
@@ -55,7 +57,22 @@ def optimizer(
             )
         return named
 
-    return optax.multi_transform(transforms, checked_labels)
+    return _refuse_quantised(optax.multi_transform(transforms, checked_labels))
+
+
+def _refuse_quantised(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def init(params: Any) -> Any:
+        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+        for leaf in leaves:
+            if isinstance(leaf, QuantArray) and jax.tree.leaves(leaf):
+                raise ValueError(
+                    f"The optimizer got a quantised weight ({type(leaf).__name__} {leaf.shape}), "
+                    "which has no gradient. Give it the trainable tree: trainable, frozen = "
+                    "jlora.split(params, config); tx.init(trainable)."
+                )
+        return tx.init(params)
+
+    return optax.GradientTransformation(init, tx.update)
 
 
 def _trainable_or_frozen(config: LoraConfig, tree: Any) -> Any:

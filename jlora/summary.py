@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+
 from jlora import tree
 from jlora.lora import LoraArray, LoraConfig, count_parameters, leaves_by_path
 
@@ -47,6 +49,10 @@ class Summary:
         return "\n".join([*lines, total])
 
 
+def _stored_bytes(leaf: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf))
+
+
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
@@ -66,7 +72,5 @@ def summary(params: Any, config: LoraConfig) -> Summary:
         elif any(tree.matches(pattern, path) for pattern in config.train):
             rows.append((path, tuple(leaf.shape), "whole", leaf.size))
     trainable, frozen = count_parameters(params, config)
-    trainable_bytes, frozen_bytes = count_parameters(
-        params, config, lambda x: x.size * x.dtype.itemsize
-    )
+    trainable_bytes, frozen_bytes = count_parameters(params, config, _stored_bytes)
     return Summary(tuple(rows), trainable, frozen, trainable_bytes, frozen_bytes)

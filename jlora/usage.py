@@ -391,20 +391,23 @@ class Explanation:
     """Which path each use of each adapted leaf takes; `str` gives the table.
 
     Attributes:
-      low_rank: from the leaf's path to the operations that meet its factors.
+      low_rank: from the leaf's path to the operations that meet its factors, or, of a quantised
+        leaf without an adapter, its packed arrays.
       dense: from the leaf's path to the operations that its exact dense array is built for.
       captured: paths that are not read while the function captures an array like them.
+      ways: what the operations of `low_rank` do with the leaf of each path.
     """
 
     low_rank: dict[str, tuple[str, ...]]
     dense: dict[str, tuple[str, ...]]
     captured: tuple[str, ...] = ()
+    ways: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max([*map(len, self.low_rank), 4])
         lines = []
         for path in self.low_rank:
-            uses = [f"{primitive}: low-rank" for primitive in self.low_rank[path]]
+            uses = [f"{primitive}: {self.ways[path]}" for primitive in self.low_rank[path]]
             uses += [f"{primitive}: dense, no low-rank rule here" for primitive in self.dense[path]]
             if path in self.captured:
                 uses.append("captured in a closure instead: its adapter has no effect")
@@ -449,9 +452,10 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
     jax.eval_shape(run, arrays)
     leaves = jax.tree.leaves(params, is_leaf=is_array_leaf)
     named = zip(tree.leaf_paths(params, is_leaf=is_array_leaf), leaves)
-    paths = [path for path, leaf in named if is_array_leaf(leaf)]
+    ways = {path: leaf.way for path, leaf in named if is_array_leaf(leaf)}
     return Explanation(
-        {path: tuple(recorder.low_rank.get(path, ())) for path in paths},
-        {path: tuple(recorder.dense.get(path, ())) for path in paths},
+        {path: tuple(recorder.low_rank.get(path, ())) for path in ways},
+        {path: tuple(recorder.dense.get(path, ())) for path in ways},
         tuple(recorder.missed),
+        ways,
     )

@@ -12,8 +12,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # The order of dependency and of reading. A module imports only from modules above it.
 # fmt: off
 ORDER = [
-    "tree", "leaf", "interpret", "usage", "lowrank", "products", "quant", "lora_config",
-    "lora", "summary",
+    "tree", "leaf", "interpret", "usage", "lowrank", "products", "lora_config", "targets",
+    "nf4", "packed", "quant", "lora", "summary",
     "variants", "optim", "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder", "models.hf_config",
     "models.hf", "models.gguf_tokenizer", "models.gguf", "models.hub", "models",

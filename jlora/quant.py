@@ -1,0 +1,351 @@
+"""A frozen base in fewer bits: formats, and how a parameter tree gets into them and out again.
+
+`quantize` replaces chosen weights of a tree by leaves that stand for them; `adapt` runs a function
+on such a tree, `init` puts adapters on top. What a function does with a leaf is in `packed.py`, the
+arithmetic of NF4 in `nf4.py`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import nf4, tree
+from jlora.leaf import is_array_leaf
+from jlora.lora_config import Axis, LoraConfig
+from jlora.packed import QuantArray, weight_to_matrices
+from jlora.targets import choose, leaves_by_path
+from jlora.tree import Pattern
+from jlora.usage import find_weights
+
+__all__ = [
+    "FORMATS",
+    "Float8Array",
+    "Format",
+    "Int8Array",
+    "NF4Array",
+    "QuantArray",
+    "dequantize",
+    "pack_weight",
+    "quantize",
+]
+
+Format = Literal["nf4", "int8", "float8"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NF4Array(QuantArray):
+    """A weight in four bits with a scale for each 64 elements (NF4, arXiv:2305.14314).
+
+    Bit for bit as bitsandbytes stores the transposed matrix `[out, in]`, where 64 divides `in`;
+    else each row is padded with zeros to whole blocks.
+
+    Attributes:
+      codes: `UInt8[*stack rows columns/2]`, the first of two elements in the high nibble.
+      absmax: the scales of blocks: `UInt8[*stack rows columns/64]` codes with double quantisation,
+        `Float32` of that shape without.
+      absmax_scale: `Float32[*stack groups]`, one for each 256 absmax codes; None without.
+      absmax_offset: `Float32[*stack]`, the mean of the absmax values; None without.
+    """
+
+    absmax: Any
+    absmax_scale: Any
+    absmax_offset: Any
+
+    def num_columns(self) -> int:
+        """The columns of one matrix, without padding."""
+        return 2 * self.codes.shape[-1] - self.padding
+
+    def num_units(self) -> int:
+        """The blocks of a row."""
+        return 2 * self.codes.shape[-1] // nf4.BLOCK
+
+    def block_scales(self) -> jax.Array:
+        """The scale of each block, `Float32[*stack rows columns/64]`."""
+        if self.absmax_scale is None:
+            return self.absmax
+        return nf4.restore(self.absmax, self.absmax_scale, self.absmax_offset)
+
+    def unpack(self) -> jax.Array:
+        """The dense matrices `[*stack rows columns]`."""
+        return nf4.unpack(self.codes, self.block_scales(), self.dtype)
+
+    def unpack_rows(self, rows: jax.Array) -> jax.Array:
+        """Some rows of one matrix: `[*rows columns]`."""
+        if self.absmax_scale is None:
+            absmax = self.absmax[rows]
+        else:
+            parts = self.absmax, self.absmax_scale, self.absmax_offset
+            absmax = nf4.restore_rows(*parts, rows)
+        return nf4.unpack(self.codes[rows], absmax, self.dtype)
+
+    def pack_like(self, w: jax.Array) -> "NF4Array":
+        """Another weight of this shape in this format."""
+        double = self.absmax_scale is not None
+        return pack_weight(w.astype(self.dtype), self.axes, "nf4", double_quantize=double)  # pyright: ignore[reportReturnType]
+
+    def divisible(self) -> "NF4Array":
+        """With the scales of blocks restored: the second level runs over the ends of any part."""
+        if self.absmax_scale is None:
+            return self
+        scales = self.block_scales()
+        return dataclasses.replace(self, absmax=scales, absmax_scale=None, absmax_offset=None)
+
+    def _specs(self, stack: list[Any], rows: Any, columns: Any) -> Any:
+        spec = jax.sharding.PartitionSpec
+        double = self.absmax_scale is not None
+        return dataclasses.replace(
+            self,
+            codes=spec(*stack, rows, columns),
+            absmax=spec(*stack, rows, columns),
+            absmax_scale=spec(*stack, None) if double else None,
+            absmax_offset=spec(*stack) if double else None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerChannel(QuantArray):
+    """A weight with one scale for each output channel: `codes * scale`.
+
+    Attributes:
+      codes: `[*stack rows columns]`.
+      scale: `Float32[*stack rows]`, the largest absolute value of the row over that of a code.
+    """
+
+    scale: Any
+
+    def unpack(self) -> jax.Array:
+        """The dense matrices `[*stack rows columns]`."""
+        return (self.codes.astype(jnp.float32) * self.scale[..., None]).astype(self.dtype)
+
+    def unpack_rows(self, rows: jax.Array) -> jax.Array:
+        """Some rows of one matrix: `[*rows columns]`."""
+        part = self.codes[rows].astype(jnp.float32) * self.scale[rows][..., None]
+        return part.astype(self.dtype)
+
+    def _specs(self, stack: list[Any], rows: Any, columns: Any) -> Any:
+        spec = jax.sharding.PartitionSpec
+        codes, scale = spec(*stack, rows, columns), spec(*stack, rows)
+        return dataclasses.replace(self, codes=codes, scale=scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8Array(_PerChannel):
+    """A weight in eight bits, the nearest of 255 steps, with one scale for each output channel."""
+
+    def pack_like(self, w: jax.Array) -> "Int8Array":
+        """Another weight of this shape in this format."""
+        return pack_weight(w.astype(self.dtype), self.axes, "int8")  # pyright: ignore[reportReturnType]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Float8Array(_PerChannel):
+    """A weight in float8 (e4m3, arXiv:2209.05433) with one scale for each output channel."""
+
+    def pack_like(self, w: jax.Array) -> "Float8Array":
+        """Another weight of this shape in this format."""
+        return pack_weight(w.astype(self.dtype), self.axes, "float8")  # pyright: ignore[reportReturnType]
+
+
+_Pack = Callable[..., tuple[type[QuantArray], dict[str, Any]]]
+
+
+def _pack_nf4(w: jax.Array, double_quantize: bool) -> tuple[type[QuantArray], dict[str, Any]]:
+    codes, absmax = nf4.pack(w)
+    scale = offset = None
+    if double_quantize:
+        absmax, scale, offset = nf4.compress(absmax)
+    parts = {"codes": codes, "absmax": absmax, "absmax_scale": scale, "absmax_offset": offset}
+    return NF4Array, parts
+
+
+def _pack_int8(w: jax.Array, double_quantize: bool) -> tuple[type[QuantArray], dict[str, Any]]:
+    scaled, scale = _scaled_rows(w, 127)
+    return Int8Array, {"codes": jnp.round(scaled).astype(jnp.int8), "scale": scale}
+
+
+def _pack_float8(w: jax.Array, double_quantize: bool) -> tuple[type[QuantArray], dict[str, Any]]:
+    scaled, scale = _scaled_rows(w, float(jnp.finfo(jnp.float8_e4m3fn).max))
+    return Float8Array, {"codes": scaled.astype(jnp.float8_e4m3fn), "scale": scale}
+
+
+def _scaled_rows(w: jax.Array, largest_code: float) -> tuple[jax.Array, jax.Array]:
+    w = w.astype(jnp.float32)
+    scale = jnp.abs(w).max(axis=-1) / largest_code
+    scaled = w / jnp.where(scale > 0, scale, 1)[:, None]
+    return jnp.clip(scaled, -largest_code, largest_code), scale
+
+
+FORMATS: dict[str, _Pack] = {"nf4": _pack_nf4, "int8": _pack_int8, "float8": _pack_float8}
+
+
+def pack_weight(
+    w: jax.Array, axes: Sequence[Axis], fmt: Format, *, double_quantize: bool = True
+) -> QuantArray:
+    """Quantises one weight, one matrix of its stack after the other.
+
+    Args:
+      w: `Float[*axes]`.
+      axes: the role of each axis: `"in"` for those that products contract, along which blocks run.
+      fmt: `"nf4"`, `"int8"` or `"float8"`.
+      double_quantize: whether NF4's scales are quantised too.
+    """
+    axes = tuple(axes)
+    matrices = weight_to_matrices(w, axes)
+    padding = -matrices.shape[-1] % nf4.BLOCK if fmt == "nf4" else 0
+    kind: list[type[QuantArray]] = []
+
+    def pack(matrix: jax.Array) -> dict[str, Any]:
+        matrix = jnp.pad(matrix, ((0, 0), (0, padding)))
+        cls, parts = FORMATS[fmt](matrix, double_quantize)
+        kind[:] = [cls]
+        return parts
+
+    stack = matrices.shape[:-2]
+    if stack:  # one after the other: float32 copies of the whole stack would be twice its size
+        parts = jax.lax.map(pack, matrices.reshape(-1, *matrices.shape[-2:]))
+        parts = jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), parts)
+    else:
+        parts = pack(matrices)
+    return kind[0](
+        axes=axes,
+        sizes=_sizes(w.shape, axes),
+        dtype_name=jnp.dtype(w.dtype).name,
+        padding=padding,
+        **parts,
+    )
+
+
+def _sizes(shape: Sequence[int], axes: Sequence[Axis]) -> tuple[int, ...]:
+    """The sizes that the arrays do not tell: those of all but the first axis of each role."""
+    first = {axes.index(role) for role in ("in", "out")}
+    return tuple(
+        0 if role == "stack" or axis in first else size
+        for axis, (size, role) in enumerate(zip(shape, axes))
+    )
+
+
+_pack_compiled = jax.jit(pack_weight, static_argnames=("axes", "fmt", "double_quantize"))
+
+
+def quantize(
+    params: Any,
+    fmt: Format = "nf4",
+    *,
+    targets: Pattern | Sequence[Pattern] = "all-linear",
+    exclude: Pattern | Sequence[Pattern] = (),
+    double_quantize: bool = True,
+    axes: Mapping[Pattern, Sequence[Axis]] | Sequence[Any] = (),
+    fn: Callable[..., Any] | None = None,
+    args: Sequence[Any] = (),
+    donate: bool = False,
+) -> Any:
+    """Replaces chosen weights of a tree by quantised leaves, which are frozen.
+
+    Put adapters on top with `jlora.init`, and run functions on the tree with `jlora.adapt`, with or
+    without adapters. NF4 with double quantisation takes 4.127 bits a parameter.
+
+    Args:
+      params: a tree of arrays, or of `ShapeDtypeStruct`s, which gives a tree of those.
+      fmt: `"nf4"` (arXiv:2305.14314; 64 elements share a scale), `"int8"` or `"float8"` (one scale
+        for each output channel).
+      targets: patterns of the weights, as in `LoraConfig`. `"all-linear"` is what `fn` only uses in
+        matrix products; without `fn`, every matrix but embeddings.
+      exclude: patterns of weights to leave as they are, whatever `targets` says.
+      double_quantize: whether the scales of NF4 are quantised to eight bits as well.
+      axes: roles of axes where no function is given, as in `LoraConfig`.
+      fn: called as `fn(params, *args)`, abstractly, to see which axes its products contract.
+      args: further arguments of `fn`; `ShapeDtypeStruct`s will do.
+      donate: frees each weight as soon as it is packed. Of two copies of the model, one is then
+        never there; `params` cannot be used again.
+
+    Returns:
+      The tree with a leaf of `Format` in place of each chosen weight.
+
+    Raises:
+      ValueError: if a pattern matches nothing, a target is no weight, or its axes are unknown.
+
+    >>> packed = quantize({"w": jnp.ones((128, 32))}, "nf4")
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"The format must be one of {sorted(FORMATS)}, got {fmt!r}.")
+    leaves = leaves_by_path(params)
+    uses = find_weights(fn, params, *args) if fn is not None else None
+    config = LoraConfig(targets=targets, exclude=exclude, axes=axes)  # pyright: ignore[reportArgumentType]
+    if uses is None and "all-linear" in config.targets:
+        others = tuple(pattern for pattern in config.targets if pattern != "all-linear")
+        config = dataclasses.replace(config, targets=(*others, *_matrices(leaves, config)))
+    roles = choose(leaves, config, uses)
+    for path in roles:
+        if is_array_leaf(leaves[path]):
+            raise ValueError(
+                f"{path!r} is a {type(leaves[path]).__name__} already. Quantise plain weights, and "
+                "put adapters on top afterwards."
+            )
+        if uses is not None and uses[path].kind == "embedding":
+            # Rows are looked up whole, so blocks run along them.
+            swapped: dict[str, Axis] = {"in": "out", "out": "in", "stack": "stack"}
+            roles[path] = tuple(swapped[role] for role in roles[path])
+
+    def pack(path: str, leaf: Any) -> Any:
+        if path not in roles:
+            return leaf
+        compiled = functools.partial(
+            _pack_compiled, axes=roles[path], fmt=fmt, double_quantize=double_quantize
+        )
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.eval_shape(compiled, leaf)
+        packed = compiled(leaf)
+        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+            jax.block_until_ready(packed)
+            leaf.delete()
+        return packed
+
+    return tree.map_with_path(pack, params, is_leaf=is_array_leaf)
+
+
+def _matrices(leaves: Mapping[str, Any], config: LoraConfig) -> list[re.Pattern[str]]:
+    """Patterns of the leaves that look like matrices of products where no function says."""
+    not_products = {"embedding", "bias", "scale"}
+    found = [
+        path
+        for path, leaf in leaves.items()
+        if len(getattr(leaf, "shape", ())) >= 2
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+        and path.split("/")[-1] not in not_products
+    ]
+    if not found:
+        raise ValueError("targets='all-linear' found nothing: the tree has no matrices.")
+    return [re.compile(f"^{re.escape(path)}$") for path in found]
+
+
+def dequantize(params: Any, *, dtype: Any = None) -> Any:
+    """The tree with plain arrays in place of quantised weights, also of those inside adapters.
+
+    Args:
+      params: a tree with leaves of `quantize`.
+      dtype: of the dense weights; by default that of the weights that were quantised.
+    """
+
+    def unpack(leaf: Any) -> Any:
+        if not isinstance(leaf, QuantArray):
+            return leaf
+        dtype_name = leaf.dtype_name if dtype is None else jnp.dtype(dtype).name
+        return dataclasses.replace(leaf, dtype_name=dtype_name).materialise()
+
+    return jax.tree.map(unpack, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+
+
+def bits_per_parameter(leaf: QuantArray) -> float:
+    """What a quantised weight takes, counted from its arrays."""
+    stored = sum(8 * np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(leaf))
+    return stored / math.prod(leaf.shape)
