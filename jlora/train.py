@@ -85,6 +85,7 @@ def head_cross_entropy(
     *,
     chunk_tokens: int = 1024,
     head_is_frozen: bool = False,
+    narrow_head: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`cross_entropy(head(hidden), ...)` that never holds all logits.
 
@@ -99,6 +100,9 @@ def head_cross_entropy(
       chunk_tokens: tokens that go through `head` together.
       head_is_frozen: promises that no gradient is asked for through what `head` closes over, and
         no second derivative. The gradient of `hidden` is then taken on the way forward.
+      narrow_head: `head` with logits in the dtype of `hidden`. The gradient of a frozen head then
+        goes back through this one, rounded to that dtype: float32 logits would make its product,
+        and a copy of the head, float32.
 
     Returns:
       As `cross_entropy` does.
@@ -123,8 +127,10 @@ def head_cross_entropy(
 
     def add_frozen_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
         def compute() -> tuple[jax.Array, jax.Array]:
-            (loss, _), slope = jax.value_and_grad(chunk_loss, has_aux=True)(*chunk)
-            return loss, slope
+            states, *rest = chunk
+            (loss, _), slope = jax.value_and_grad(cross_entropy, has_aux=True)(head(states), *rest)
+            back = jax.vjp(narrow_head or head, states)[1]
+            return loss, back(slope if narrow_head is None else slope.astype(states.dtype))[0]
 
         def skip() -> tuple[jax.Array, jax.Array]:
             return jnp.float32(0), jnp.zeros_like(chunk[0])

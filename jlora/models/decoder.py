@@ -222,10 +222,10 @@ class Embedding(nn.Module):
         """The vectors of tokens; NaN for a token that is not in the vocabulary."""
         return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Products with every token's vector, float32."""
+    def attend(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """Products with every token's vector."""
         table = self.embedding.astype(self.config.dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=dtype)
 
 
 class Head(nn.Module):
@@ -234,11 +234,11 @@ class Head(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits, float32."""
+    def __call__(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """Logits."""
         shape = (self.config.hidden_size, self.config.vocab_size)
         kernel = self.param("kernel", _normal, shape).astype(self.config.dtype)
-        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
 class Attention(nn.Module):
@@ -359,9 +359,10 @@ class Decoder(nn.Module):
             return self.head(x)
         return self.head(x[0]), x[1]
 
-    def head(self, x: jax.Array) -> jax.Array:
-        """Logits of hidden states: `[... d]` to `Float32[... vocab]`."""
-        return self.embed_tokens.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+    def head(self, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """Logits of hidden states: `[... d]` to `[... vocab]`, of `dtype`, summed in float32."""
+        top = self.embed_tokens.attend if self.config.tie_embeddings else self.lm_head
+        return top(x, dtype)
 
     def hidden(
         self,
