@@ -3,9 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jlora import bench, cli
+from jlora.models.decoder import Decoder
 
 SMALL = ("--shape", "tiny", "--batch", "2", "--length", "32", "--rank", "4", "--steps", "1")
 
@@ -52,6 +54,30 @@ def test_a_mistake_ends_with_one_message_and_code_2(capsys, arguments, words):
     assert not out
     assert "Traceback" not in err
     assert all(word in err for word in words)
+
+
+@pytest.mark.parametrize(("base", "bits"), [("nf4", 4.127), ("int8", 8), ("float8", 8)])
+def test_a_quantised_base_is_made_of_plausible_numbers(base, bits):
+    model = Decoder(bench.decoder_config(bench.Settings(shape="tiny", base=base)))
+    params = bench.random_params(model, base)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    dense = kernel.materialise().astype(jnp.float32)
+    assert dense.shape == (2, 64, 128)
+    assert 0.01 < dense.std() < 0.06  # 0.02 for a dense base
+    assert abs(8 * sum(x.nbytes for x in jax.tree.leaves(kernel)) / dense.size - bits) < 0.6
+    assert params["lm_head"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["nf4", "int8", "float8"])
+@pytest.mark.parametrize(("remat", "unroll"), [("none", 1), ("full", 2)])
+@pytest.mark.filterwarnings("error")  # such as that a dense weight is built
+def test_a_quantised_base_is_measured(base, remat, unroll):
+    settings = bench.Settings(
+        shape="tiny", base=base, remat=remat, unroll=unroll, batch=1, length=16, rank=4, steps=1,
+        repetitions=1,
+    )  # fmt: skip
+    assert abs(bench.measure(settings)["last_loss"] - 5.545) < 0.2
 
 
 def test_flops_are_those_counted_by_hand():
