@@ -36,6 +36,15 @@ def _keep(*names: str) -> Policy:
     return saveable
 
 
+def _offload(*names: str) -> Policy:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT, *names],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
 POLICIES: dict[str, Policy | None] = {
     # keeps whatever the backward pass reads
     "none": None,
@@ -46,12 +55,7 @@ POLICIES: dict[str, Policy | None] = {
     # nothing
     "full": jax.checkpoint_policies.nothing_saveable,
     # nothing, and layers' inputs are in the host's memory meanwhile
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "offload": _offload(),
 }
 
 
@@ -62,22 +66,24 @@ def policy(name: str) -> Policy | None:
       ValueError: if there is none of that name.
     """
     check(name)
-    return POLICIES[name] if name in POLICIES else _keep(*_kept(name))
+    if name in POLICIES:
+        return POLICIES[name]
+    return _offload(*_named(name)) if name.startswith("offload:") else _keep(*_named(name))
 
 
 def check(name: str) -> None:
     """Raises ValueError if no policy has this name."""
     if name in POLICIES:
         return
-    if not name.startswith("keep:") or not set(_kept(name)) <= set(_NAMES):
+    if not name.startswith(("keep:", "offload:")) or not set(_named(name)) <= set(_NAMES):
         raise ValueError(
-            f"remat must be one of {list(POLICIES)}, or 'keep:' and names of {list(_NAMES)} with "
-            f"commas between, got {name!r}."
+            f"remat must be one of {list(POLICIES)}, or 'keep:' or 'offload:' and names of "
+            f"{list(_NAMES)} with commas between, got {name!r}."
         )
 
 
-def _kept(name: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in name.removeprefix("keep:").split(","))
+def _named(name: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in name.split(":")[1].split(","))
 
 
 def wrap(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
