@@ -218,7 +218,6 @@ def apply_rule(equation: Equation, operands: Sequence[Any]) -> Any:
                     if not any(map(is_array_leaf, results)):
                         equation.context.note(leaf, equation.name)
                     return result
-                break
     return equation.bind(
         *(
             equation.context.materialise(operand, equation.name)

@@ -23,6 +23,7 @@ from jlora import tree
 from jlora.leaf import ArrayLeaf, is_array_leaf
 from jlora.lora_config import Axis, LoraConfig
 from jlora.lowrank import LowRank
+from jlora.packed_products import PackedLowRank
 from jlora.quant import QuantArray, dequantize
 from jlora.targets import choose, leaves_by_path
 from jlora.usage import find_weights
@@ -104,8 +105,11 @@ class LoraArray(ArrayLeaf):
             )
         b = jnp.moveaxis(self.b, self.axes.count("stack"), -1)  # [*stack *out rank]
         u, v = self._spread(self.a, "in"), self._spread(b, "out")
-        w = self.w.enter(path) if is_array_leaf(self.w) else self.w
-        return LowRank(w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
+        if is_array_leaf(self.w):
+            kind, w = PackedLowRank, self.w.enter(path)
+        else:
+            kind, w = LowRank, self.w
+        return kind(w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
 
     def _spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
         """`[*stack *owned rank]` to `[*axes rank]`, with size 1 along the other factor's axes."""

@@ -200,7 +200,18 @@ class Packed(ArrayLeaf):
 
     def materialise(self) -> jax.Array:
         """The dense array."""
-        return self._moved(_frozen(self.array, self.path).materialise())
+        return self.dense(_frozen(self))
+
+    def dense(self, array: QuantArray) -> jax.Array:
+        """The dense array, from other stored arrays of the same kind."""
+        return self._moved(array.materialise())
+
+    def no_gradient(self) -> TypeError:
+        """The error for whoever differentiates with respect to this leaf."""
+        return TypeError(
+            f"{self.path!r} is quantised ({type(self.array).__name__}) and frozen: it has no "
+            "gradient. Differentiate with respect to the trainable tree of jlora.split only."
+        )
 
     def _moved(self, dense: jax.Array) -> jax.Array:
         operands = iter(self.operands)
@@ -259,7 +270,7 @@ class Packed(ArrayLeaf):
         return dataclasses.replace(self, array=self.array.specs(spec))
 
 
-def _frozen(array: QuantArray, path: str) -> QuantArray:
+def _frozen(leaf: Packed) -> QuantArray:
     """The stored arrays, behind an error for whoever differentiates with respect to them."""
 
     @jax.custom_jvp
@@ -268,31 +279,11 @@ def _frozen(array: QuantArray, path: str) -> QuantArray:
 
     @identity.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        raise TypeError(
-            f"{path!r} is quantised ({type(array).__name__}) and frozen: it has no gradient. "
-            "Differentiate with respect to the trainable tree of jlora.split only."
-        )
+        raise leaf.no_gradient()
 
     return jax.tree.map(
-        lambda x: identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, array
+        lambda x: identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, leaf.array
     )
-
-
-def _dense(value: Any) -> Any:
-    return value.materialise() if isinstance(value, Packed) else value
-
-
-@rule(Packed, "dot_general", "conv_general_dilated", "ragged_dot_general")
-def _product(equation: Equation, *operands: Any) -> Any:
-    """A product with the dense weight, which the backward pass builds again."""
-    if not all(isinstance(x, Packed) for x in operands if is_array_leaf(x)):
-        return NotImplemented  # the other operand is a leaf too, with rules of its own
-
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def multiply(operands: Sequence[Any]) -> jax.Array:
-        return equation.bind(*map(_dense, operands))
-
-    return multiply(list(operands))
 
 
 @rule(Packed, "convert_element_type")
@@ -483,7 +474,7 @@ def _rows(equation: Equation, leaf: Packed, index: jax.Array, safe: jax.Array, f
     moves = tuple(move.of_slice() for move in leaf.moves)
     if leaf.operands or any(move is None or len(move.shape) != 1 for move in moves):
         return NotImplemented
-    rows = _frozen(leaf.array, leaf.path).unpack_rows(safe)[..., : leaf.array.shape[1]]
+    rows = _frozen(leaf).unpack_rows(safe)[..., : leaf.array.shape[1]]
     for move in moves:
         assert move is not None
         apply = move.apply
