@@ -77,6 +77,17 @@ def cross_entropy(
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), jnp.sum(weights)
 
 
+def _cross_entropy_slope(
+    logits: jax.Array, targets: jax.Array, loss_mask: jax.Array
+) -> jax.Array:
+    """The gradient of `cross_entropy`'s sum, as one elementwise expression of the logits."""
+    logits = logits.astype(jnp.float32)
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    is_target = is_target == targets[..., None]
+    weights = loss_mask.astype(jnp.float32)[..., None]
+    return jnp.where(weights > 0, (jax.nn.softmax(logits) - is_target) * weights, 0.0)
+
+
 def head_cross_entropy(
     head: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,
@@ -128,9 +139,11 @@ def head_cross_entropy(
     def add_frozen_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
         def compute() -> tuple[jax.Array, jax.Array]:
             states, *rest = chunk
-            (loss, _), slope = jax.value_and_grad(cross_entropy, has_aux=True)(head(states), *rest)
+            logits = head(states)
             back = jax.vjp(narrow_head or head, states)[1]
-            return loss, back(slope if narrow_head is None else slope.astype(states.dtype))[0]
+            slope = _cross_entropy_slope(logits, *rest)
+            slope = slope.astype(logits.dtype if narrow_head is None else states.dtype)
+            return cross_entropy(logits, *rest)[0], back(slope)[0]
 
         def skip() -> tuple[jax.Array, jax.Array]:
             return jnp.float32(0), jnp.zeros_like(chunk[0])
