@@ -19,7 +19,15 @@ import jax.extend.core as jex
 import numpy as np
 
 from jlora import tree
-from jlora.leaf import ArrayLeaf, Context, Equation, OnUnsupported, apply_rule, is_array_leaf
+from jlora.leaf import (
+    ArrayLeaf,
+    Context,
+    Equation,
+    OnUnsupported,
+    apply_rule,
+    explicit_sharding,
+    is_array_leaf,
+)
 
 __all__ = ["adapt", "evaluate"]
 
@@ -269,11 +277,10 @@ def _evaluate_with_leaves(eqn: Any, arguments: Sequence[Any], context: Context) 
         inside = dataclasses.replace(context, scope=(*context.scope, id(eqn)))
         with eqn.ctx.manager:
             return enter(eqn.params, arguments, inside)
-    aval = eqn.outvars[0].aval
     equation = Equation(
         name=name,
         params=eqn.params,
-        out=jax.ShapeDtypeStruct(aval.shape, aval.dtype),
+        out=_first_result(eqn),
         context=context,
         identity=(*context.scope, id(eqn)),
         primitive=eqn.primitive,
@@ -281,6 +288,13 @@ def _evaluate_with_leaves(eqn: Any, arguments: Sequence[Any], context: Context) 
     with eqn.ctx.manager:
         result = apply_rule(equation, arguments)
     return result if eqn.primitive.multiple_results else [result]
+
+
+def _first_result(eqn: Any) -> jax.ShapeDtypeStruct:
+    if not eqn.outvars:  # a callback
+        return jax.ShapeDtypeStruct((), np.bool_)
+    aval = eqn.outvars[0].aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit_sharding(aval))
 
 
 def _enter_jit(params: dict[str, Any], arguments: Sequence[Any], context: Context) -> Sequence[Any]:
@@ -418,7 +432,17 @@ def _enter_shard_map(
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )
-    return mapped(*arguments)
+    return mapped(*map(_place_as, arguments, specs))
+
+
+def _place_as(argument: Any, spec: Any) -> Any:
+    """Puts a leaf's arrays where a shard_map takes them from, which Explicit axes insist on."""
+
+    def place(array: Any, spec: Any) -> Any:
+        sharding = explicit_sharding(jax.typeof(array))
+        return array if sharding is None or sharding.spec == spec else jax.reshard(array, spec)
+
+    return jax.tree.map(place, argument, spec) if is_array_leaf(argument) else argument
 
 
 _CONTROL_FLOW = {

@@ -17,6 +17,7 @@ __all__ = [
     "Equation",
     "OnUnsupported",
     "apply_rule",
+    "explicit_sharding",
     "is_array_leaf",
     "reshape_groups",
     "rule",
@@ -159,7 +160,7 @@ class Equation:
     Attributes:
       name: of the primitive, e.g. `dot_general`.
       params: of the primitive.
-      out: shape and dtype of the (first) result.
+      out: shape and dtype of the (first) result, and its sharding on a mesh of Explicit axes.
       context: shared by the whole evaluation.
       identity: tells this equation from every other one of the evaluation.
     """
@@ -221,6 +222,15 @@ def apply_rule(equation: Equation, operands: Sequence[Any]) -> Any:
             for operand in operands
         )
     )
+
+
+def explicit_sharding(array_type: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding that is part of an array's type, on a mesh of Explicit axes; else None."""
+    sharding = getattr(array_type, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if explicit else None
 
 
 def reshape_groups(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import Context, Equation, is_array_leaf, rule
+from jlora.leaf import Context, Equation, explicit_sharding, is_array_leaf, rule
 from jlora.lowrank import LowRank, contract
 
 __all__: list[str] = []  # importing this module registers its rules
@@ -49,16 +50,36 @@ def _product(
         key=lambda order: math.prod(sizes[axis] for axis in axes_between(*order)),
     )
     between = axes_between(first, second)
-    hidden = contract(x, x_axes, *first, between, precision=precision)
+    placed = _placement(out.sharding, between, (x, x_axes), first)
+    hidden = contract(x, x_axes, *first, between, out_sharding=placed, precision=precision)
     update = contract(
         leaf.scaling * hidden,
         between,
         *second,
         out_axes,
+        out_sharding=out.sharding,
         precision=precision,
         preferred_element_type=out.dtype,
     )
     return jnp.broadcast_to(update, out.shape).astype(out.dtype)
+
+
+def _placement(
+    out_sharding: NamedSharding | None, axes: Sequence[Any], *operands: tuple[Any, Sequence[Any]]
+) -> NamedSharding | None:
+    """Where a product on a mesh of Explicit axes is put: where its operands have its axes."""
+    if out_sharding is None:
+        return None
+    places: dict[Any, Any] = {}
+    taken: set[str] = set()
+    for operand, operand_axes in operands:
+        for axis, place in zip(operand_axes, jax.typeof(operand).sharding.spec):
+            names = {place} if isinstance(place, str) else set(place or ())
+            if axis in axes and axis not in places and names and not names & taken:
+                places[axis] = place
+                taken |= names
+    spec = PartitionSpec(*(places.get(axis) for axis in axes))
+    return NamedSharding(out_sharding.mesh, spec)
 
 
 def _owned(factor: jax.Array, axes: Sequence[Any]) -> list[Any]:
@@ -89,7 +110,7 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     x_free = [axis for axis in x_axes if axis not in leaf_axes]
     free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
     base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
-    update = _product(
+    return base + _product(
         _drop_out(x, leaf, context),
         x_axes,
         leaf,
@@ -98,9 +119,6 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
         equation.out,
         equation.params["precision"],
     )
-    if (asked := equation.params.get("out_sharding")) is not None:  # on a mesh of Explicit axes
-        update = jax.reshard(update, asked)
-    return base + update
 
 
 def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> jax.Array:
@@ -110,7 +128,10 @@ def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> jax.Array:
     if context.key is None:
         _LOG.info("Dropout of %r is off: adapt got no dropout_key.", leaf.path)
         return x
-    key = jax.random.fold_in(context.key, np.uint32(zlib.crc32(leaf.path.encode())))
+    key = context.key
+    if explicit_sharding(jax.typeof(key)) and not explicit_sharding(jax.typeof(x)):
+        key = jax.reshard(key, PartitionSpec())  # x is inside jax.sharding.auto_axes
+    key = jax.random.fold_in(key, np.uint32(zlib.crc32(leaf.path.encode())))
     key = jax.random.fold_in(key, context.count(leaf.path))  # each use has a mask of its own
     for axis in sorted(getattr(jax.typeof(x), "vma", ())):  # and each shard, inside shard_map
         key = jax.random.fold_in(key, lax.axis_index(axis))
@@ -153,6 +174,7 @@ def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
         v.astype(leaf.dtype),
         [*axes, "rank"],
         out_axes,
+        out_sharding=equation.out.sharding,
         preferred_element_type=equation.out.dtype,
     )
     return base + jnp.broadcast_to(update, equation.out.shape).astype(equation.out.dtype)
@@ -272,12 +294,15 @@ def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset
     rows = _drop_out(x, leaf, equation.context)
     rows = rows if tuple(x_summed) == (1,) else rows.T
     precision = equation.params["precision"]
-    hidden = lax.ragged_dot(rows, u, group_sizes, precision=precision)
+    axes = ["group", "in", "rank"]
+    placed = _placement(equation.out.sharding, ["row", "rank"], (rows, ["row", "in"]), (u, axes))
+    hidden = lax.ragged_dot(rows, u, group_sizes, precision=precision, out_sharding=placed)
     update = lax.ragged_dot(
         leaf.scaling * hidden,
         v,
         group_sizes,
         precision=precision,
         preferred_element_type=equation.out.dtype,
+        out_sharding=equation.out.sharding,
     )
     return equation.bind(x, leaf.w, group_sizes) + update.astype(equation.out.dtype)
