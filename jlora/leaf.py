@@ -64,6 +64,10 @@ class ArrayLeaf:
         """The path that messages call this leaf by."""
         raise NotImplementedError
 
+    def names(self) -> tuple[str, ...]:
+        """The paths of all weights in this leaf: several, once the function joined some."""
+        return (self.name(),)
+
     def unstack(self) -> tuple[Any, Callable[[Any], "ArrayLeaf"]] | None:
         """Cuts the leading axis for a scan: what to scan over, and the leaf of one slice of it.
 

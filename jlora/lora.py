@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import products as _rules  # noqa: F401  registers them
+from jlora import joined as _joined  # noqa: F401  registers rules
+from jlora import products as _products  # noqa: F401
 from jlora import tree
 from jlora.leaf import ArrayLeaf, is_array_leaf
 from jlora.lora_config import Axis, LoraConfig, first_match

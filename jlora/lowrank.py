@@ -40,6 +40,7 @@ class LowRank(ArrayLeaf):
       scaling: of the product.
       dropout: the share of the product's inputs that a dropout key zeroes.
       path: where the weight stands in its tree.
+      beside: the paths of further weights that the function joined with it.
     """
 
     w: Any
@@ -48,6 +49,7 @@ class LowRank(ArrayLeaf):
     scaling: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
+    beside: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,8 +62,12 @@ class LowRank(ArrayLeaf):
         return self.w.dtype
 
     def name(self) -> str:
-        """The weight's path."""
-        return self.path
+        """The weight's path, or those of all that were joined."""
+        return " + ".join(self.names())
+
+    def names(self) -> tuple[str, ...]:
+        """The weight's path, and the paths of those that it was joined with."""
+        return (self.path, *self.beside)
 
     def materialise(self) -> jax.Array:
         """`w` plus the product, computed in float32 (or wider) and rounded once."""
@@ -126,8 +132,8 @@ def contract(
     """A two-operand einsum over named axes in which size 1 stands for an axis not there.
 
     One `dot_general`, and a transpose only where neither order of the operands gives `out_axes`.
-    An axis of `out_axes` that both operands lack has size 1 in the result. `out_sharding` places the
-    result, as products must on a mesh of Explicit axes where a summed axis is sharded.
+    An axis of `out_axes` that both operands lack has size 1 in the result. `out_sharding` is for a
+    mesh of Explicit axes, on which a product that sums over a sharded axis must be placed.
     """
     x, x_axes = _drop_singletons(x, x_axes)
     y, y_axes = _drop_singletons(y, y_axes)
@@ -209,6 +215,19 @@ def _split(equation: Equation, leaf: LowRank) -> Any:
         if factor.shape[axis] == 1:
             return [factor] * len(sizes)
         return list(lax.split(factor, sizes, axis))
+
+    parts = zip(equation.bind(leaf.w), cut(leaf.u), cut(leaf.v))
+    return [dataclasses.replace(leaf, w=w, u=u, v=v) for w, u, v in parts]
+
+
+@rule(LowRank, "unstack")
+def _unstack(equation: Equation, leaf: LowRank) -> Any:
+    axis = equation.params["axis"]
+
+    def cut(factor: jax.Array) -> Sequence[jax.Array]:
+        if factor.shape[axis] == 1:
+            return [lax.squeeze(factor, (axis,))] * leaf.shape[axis]
+        return jnp.unstack(factor, axis=axis)
 
     parts = zip(equation.bind(leaf.w), cut(leaf.u), cut(leaf.v))
     return [dataclasses.replace(leaf, w=w, u=u, v=v) for w, u, v in parts]
@@ -351,6 +370,12 @@ def _broadcast_in_dim(equation: Equation, leaf: Any, *sizes: Any) -> Any:
 
     u, v = spread(leaf.u, fill=False), spread(leaf.v, fill=True)
     return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+
+
+@rule(LowRank, "rev")
+def _rev(equation: Equation, leaf: LowRank) -> Any:
+    w, u, v = (equation.bind(part) for part in (leaf.w, leaf.u, leaf.v))  # 1 reversed is itself
+    return dataclasses.replace(leaf, w=w, u=u, v=v)
 
 
 @rule(LowRank, "sharding_constraint")

@@ -126,13 +126,13 @@ def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> jax.Array:
     if leaf.dropout == 0:
         return x
     if context.key is None:
-        _LOG.info("Dropout of %r is off: adapt got no dropout_key.", leaf.path)
+        _LOG.info("Dropout of %r is off: adapt got no dropout_key.", leaf.name())
         return x
     key = context.key
     if explicit_sharding(jax.typeof(key)) and not explicit_sharding(jax.typeof(x)):
         key = jax.reshard(key, PartitionSpec())  # x is inside jax.sharding.auto_axes
-    key = jax.random.fold_in(key, np.uint32(zlib.crc32(leaf.path.encode())))
-    key = jax.random.fold_in(key, context.count(leaf.path))  # each use has a mask of its own
+    key = jax.random.fold_in(key, np.uint32(zlib.crc32(leaf.name().encode())))
+    key = jax.random.fold_in(key, context.count(leaf.name()))  # each use has a mask of its own
     for axis in sorted(getattr(jax.typeof(x), "vma", ())):  # and each shard, inside shard_map
         key = jax.random.fold_in(key, lax.axis_index(axis))
     kept = jax.random.bernoulli(key, 1 - leaf.dropout, x.shape)

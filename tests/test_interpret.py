@@ -128,6 +128,14 @@ USES = {
         ),
         ((D_IN, 20), ("in", "out")),
     ),
+    "unpacked": (
+        lambda p, x: jnp.tanh(x @ jnp.unstack(p["w"])[1]) @ list(p["w"])[2],
+        STACKED,
+    ),
+    "reversed": (
+        lambda p, x: x[:, ::-1] @ p["w"][::-1, ::-1],
+        ((D_IN, D_OUT), ("in", "out")),
+    ),
     "named": (
         lambda p, x: x @ checkpoint_name(p["w"], "w"),
         ((D_IN, D_OUT), ("in", "out")),

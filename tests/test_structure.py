@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # The order of dependency and of reading. A module imports only from modules above it.
 # fmt: off
 ORDER = [
-    "tree", "leaf", "interpret", "usage", "lowrank", "products", "quant", "lora_config",
+    "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "quant", "lora_config",
     "lora", "summary",
     "variants", "optim", "sharding",
     "models.attention", "models.decoder", "models.hf_config", "models.hf", "models.gguf_tokenizer",
