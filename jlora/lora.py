@@ -152,8 +152,10 @@ def init(
       The tree with a `LoraArray` in place of each chosen weight.
 
     Raises:
-      ValueError: if a pattern matches nothing, a target is no weight, or its axes are unknown.
+      ValueError: if a pattern matches nothing, a target is no weight, its axes are unknown, or the
+        arguments are not in this order.
     """
+    _check_order(key, params, config)
     leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None
     roles = {path: _roles(path, leaves[path], config, uses) for path in
@@ -183,6 +185,19 @@ def init(
         len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / max(1, trainable + frozen),
     )  # fmt: skip
     return adapted
+
+
+def _check_order(key: Any, params: Any, config: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim == 1)
+    )
+    if not is_key or isinstance(params, LoraConfig) or not isinstance(config, LoraConfig):
+        given = ", ".join(type(argument).__name__ for argument in (key, params, config))
+        raise ValueError(
+            "init takes a PRNG key, the parameters and a LoraConfig, in this order: "
+            f"jlora.init(jax.random.key(0), params, config). It got: {given}."
+        )
 
 
 def leaves_by_path(params: Any) -> dict[str, Any]:
