@@ -260,7 +260,8 @@ def _convolution(equation: Equation, x: Any, leaf: Any) -> Any:
     rank = u.shape[-1]
     kernel = jnp.moveaxis(lax.squeeze(u, (out_axis,)), -1, out_axis)
     kernel = jnp.concatenate([kernel] * groups, out_axis)  # every group has its own rank inputs
-    hidden = equation.bind_as(params | {"preferred_element_type": None}, x, kernel)
+    options: Any = params | {"preferred_element_type": None}
+    hidden = lax.conv_general_dilated(x, kernel, **options)
     channel = params["dimension_numbers"].out_spec[1]
     by_group = (*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :])
     v = v.reshape(groups, -1, rank)  # [groups out/groups rank]
