@@ -58,8 +58,8 @@ class WeightUse:
 def find_weights(fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, WeightUse]:
     """Reads off how `fn(params, *args)` uses each array of `params`.
 
-    A table whose rows are read one at a time by `dynamic_slice` in a loop counts as elementwise: its
-    jaxpr is that of a stack of biases read layer by layer. To adapt it, give its `axes`.
+    A table read row by row in a loop does not count as an embedding: its jaxpr is that of a stack
+    of biases read layer by layer. To adapt it, give its `axes`.
 
     Args:
       fn: a function of a parameter tree and further arguments.
