@@ -157,5 +157,5 @@ def _is_plain(equation: Equation, x: Any, leaf: PackedLowRank) -> bool:
         and leaf.v.shape[:2] == (1, leaf.shape[1])
         and x.dtype == leaf.dtype
         and equation.params.get("out_sharding") is None
-        and (leaf.dropout == 0 or equation.context.key is None)
+        and leaf.dropout == 0
     )

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # The order of dependency and of reading. A module imports only from modules above it.
 # fmt: off
 ORDER = [
-    "tree", "leaf", "interpret", "usage", "lowrank", "products", "lora_config", "targets",
+    "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
     "nf4", "packed", "packed_products", "quant", "lora", "summary",
     "variants", "optim", "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder", "models.hf_config",
