@@ -406,7 +406,10 @@ def _enter_shard_map(
         results = _evaluate(params["jaxpr"], operands, context)
         return [_dense(result, "shard_map output", context) for result in results]
 
-    arguments = [leaf.divisible() if is_array_leaf(leaf) else leaf for leaf in arguments]
+    arguments = [
+        _divisible(argument, spec, params["mesh"], context)
+        for argument, spec in zip(arguments, params["in_specs"])
+    ]
     specs = tuple(
         argument.specs(spec) if is_array_leaf(argument) else spec
         for argument, spec in zip(arguments, params["in_specs"])
@@ -420,6 +423,13 @@ def _enter_shard_map(
         check_vma=params["check_vma"],
     )
     return mapped(*arguments)
+
+
+def _divisible(value: Any, spec: Any, mesh: Any, context: Context) -> Any:
+    if not is_array_leaf(value):
+        return value
+    leaf = value.divisible(spec, mesh)
+    return context.materialise(value, "shard_map") if leaf is None else leaf
 
 
 _CONTROL_FLOW = {

@@ -29,7 +29,7 @@ def is_lora(leaf):
 def assert_adapted_equals_dense(fn, params, *args, rtol=1e-5, gradients=True, **adapt_options):
     """Output and gradients of the adapted function against the dense one's on merged weights."""
     forward = jlora.adapt(fn, **adapt_options)
-    _assert_close(forward(params, *args), fn(jlora.merge_params(params), *args), rtol)
+    assert_close(forward(params, *args), fn(jlora.merge_params(params), *args), rtol)
     if not gradients:
         return
     factors = jax.tree.map(lambda x: (x.a, x.b) if is_lora(x) else None, params, is_leaf=is_lora)
@@ -55,10 +55,11 @@ def assert_adapted_equals_dense(fn, params, *args, rtol=1e-5, gradients=True, **
     with_respect_to = (0, 1) if all(floating) else 0
     got = jax.grad(adapted, with_respect_to)(factors, args)
     wanted = jax.grad(dense, with_respect_to)(factors, args)
-    _assert_close(got, wanted, rtol)
+    assert_close(got, wanted, rtol)
 
 
-def _assert_close(got, wanted, rtol):
+def assert_close(got, wanted, rtol):
+    """Equal structures of arrays up to a rounding error relative to each array's largest."""
     got, wanted = jax.tree.leaves(got), jax.tree.leaves(wanted)
     assert len(got) == len(wanted)
     for x, y in zip(got, wanted):
