@@ -442,7 +442,10 @@ def _enter_shard_map(
         results = _evaluate(params["jaxpr"], operands, context)
         return [_dense(result, "shard_map output", context) for result in results]
 
-    arguments = [leaf.divisible() if is_array_leaf(leaf) else leaf for leaf in arguments]
+    arguments = [
+        _divisible(argument, spec, params["mesh"], context)
+        for argument, spec in zip(arguments, params["in_specs"])
+    ]
     specs = tuple(
         argument.specs(spec) if is_array_leaf(argument) else spec
         for argument, spec in zip(arguments, params["in_specs"])
@@ -466,6 +469,13 @@ def _place_as(argument: Any, spec: Any) -> Any:
         return array if sharding is None or sharding.spec == spec else jax.reshard(array, spec)
 
     return jax.tree.map(place, argument, spec) if is_array_leaf(argument) else argument
+
+
+def _divisible(value: Any, spec: Any, mesh: Any, context: Context) -> Any:
+    if not is_array_leaf(value):
+        return value
+    leaf = value.divisible(spec, mesh)
+    return context.materialise(value, "shard_map") if leaf is None else leaf
 
 
 _CONTROL_FLOW = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+from jax.sharding import PartitionSpec
 
 __all__ = [
     "ArrayLeaf",
@@ -20,6 +21,7 @@ __all__ = [
     "apply_rule",
     "explicit_sharding",
     "is_array_leaf",
+    "pass_barrier",
     "reshape_groups",
     "rule",
 ]
@@ -84,13 +86,20 @@ class ArrayLeaf:
         """The leaf after a scan has stacked each of its arrays along a new leading axis."""
         return self
 
-    def divisible(self) -> "ArrayLeaf":
-        """The same leaf with arrays that a shard_map can cut as it cuts the array it stands for."""
+    def divisible(self, spec: PartitionSpec, mesh: Any) -> "ArrayLeaf | None":
+        """The same leaf with arrays that a shard_map can cut as `spec` cuts what it stands for.
+
+        None where there is no such form.
+        """
         return self
 
-    def specs(self, spec: jax.sharding.PartitionSpec) -> "ArrayLeaf":
+    def specs(self, spec: PartitionSpec) -> "ArrayLeaf":
         """The same leaf with a PartitionSpec in place of each array, for an array cut by `spec`."""
         raise NotImplementedError
+
+    def after_barrier(self) -> "ArrayLeaf":
+        """The leaf behind an optimisation barrier, which gives every array of it a tangent."""
+        return self
 
     def __jax_array__(self) -> jax.Array:
         raise TypeError(self._outside("reached a JAX function"))
@@ -291,6 +300,13 @@ def explicit_sharding(array_type: Any) -> jax.sharding.NamedSharding | None:
         return None
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
     return sharding if explicit else None
+
+
+def pass_barrier(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+    """One barrier over every part of the leaves, so that all of them still wait for each other."""
+    flat, treedef = jax.tree.flatten(list(operands))
+    results = jax.tree.unflatten(treedef, equation.bind(*flat))
+    return [result.after_barrier() if is_array_leaf(result) else result for result in results]
 
 
 def reshape_groups(

@@ -21,6 +21,7 @@ from jlora.leaf import (
     Equation,
     explicit_sharding,
     is_array_leaf,
+    pass_barrier,
     reshape_groups,
     rule,
 )
@@ -106,9 +107,12 @@ class LowRank(ArrayLeaf):
 
         return (scanned_w, *scanned), rebuild
 
-    def divisible(self) -> "LowRank":
+    def divisible(self, spec: PartitionSpec, mesh: Any) -> "LowRank | None":
         """With a base whose arrays can be cut."""
-        return dataclasses.replace(self, w=self.w.divisible()) if is_array_leaf(self.w) else self
+        if not is_array_leaf(self.w):
+            return self
+        w = self.w.divisible(spec, mesh)
+        return None if w is None else dataclasses.replace(self, w=w)
 
     def specs(self, spec: PartitionSpec) -> "LowRank":
         """Each factor is cut along the axes that it owns, as the weight is."""
@@ -121,6 +125,12 @@ class LowRank(ArrayLeaf):
         )
         w = self.w.specs(spec) if is_array_leaf(self.w) else spec
         return dataclasses.replace(self, w=w, u=u, v=v)
+
+    def after_barrier(self) -> "LowRank":
+        """With a base that knows what it has no tangents for."""
+        return (
+            dataclasses.replace(self, w=self.w.after_barrier()) if is_array_leaf(self.w) else self
+        )
 
 
 def contract(
@@ -250,9 +260,7 @@ def _neg(equation: Equation, leaf: LowRank) -> Any:
 
 @rule(LowRank, "optimization_barrier")
 def _optimization_barrier(equation: Equation, *operands: Any) -> Any:
-    # One barrier over every part, so that all of them still wait for each other.
-    flat, treedef = jax.tree.flatten(list(operands))
-    return jax.tree.unflatten(treedef, equation.bind(*flat))
+    return pass_barrier(equation, operands)
 
 
 @rule(LowRank, "mul", "div")

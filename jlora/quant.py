@@ -1,8 +1,8 @@
 """A frozen base in fewer bits: formats, and how a parameter tree gets into them and out again.
 
 `quantize` replaces chosen weights of a tree by leaves that stand for them; `adapt` runs a function
-on such a tree, `init` puts adapters on top. What a function does with a leaf is in `packed.py`, the
-arithmetic of NF4 in `nf4.py`.
+on such a tree, `init` puts adapters on top. What a function does with a leaf is in
+`packed_rules.py`, the arithmetic of NF4 in `nf4.py`.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import nf4, tree
+from jlora import packed_products as _products  # noqa: F401  registers rules
+from jlora import packed_rules as _rules  # noqa: F401
 from jlora.leaf import is_array_leaf
 from jlora.lora_config import Axis, LoraConfig
 from jlora.packed import QuantArray, weight_to_matrices

@@ -96,24 +96,12 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
 
 def _follow_packed(leaf: QuantArray, sharding: NamedSharding) -> Any:
     """The placement of packed arrays: no block, whose elements share a scale, is ever cut."""
-    mesh = sharding.mesh
-    places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
-    column = leaf.axes.index("in")
-    if (parts := _num_parts(places[column], mesh)) and leaf.num_units() % parts:
+    for axis in leaf.uncut_axes(sharding.spec, sharding.mesh):
         _LOG.warning(
-            "Axis %d of a %s %s is replicated: its %d blocks do not divide by the %d parts of %s.",
-            column, type(leaf).__name__, leaf.shape, leaf.num_units(), parts, places[column],
+            "Axis %d of a %s %s is replicated: its packed form has no place to cut it by %s.",
+            axis, type(leaf).__name__, leaf.shape, sharding.spec[axis],
         )  # fmt: skip
-        places[column] = None
-    specs = leaf.specs(PartitionSpec(*places))
-    return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), leaf, specs)
-
-
-def _num_parts(place: Any, mesh: Any) -> int:
-    if place is None or place is PartitionSpec.UNCONSTRAINED:
-        return 0
-    names = (place,) if isinstance(place, str) else tuple(place)
-    return math.prod(mesh.shape[name] for name in names)
+    return leaf.shardings(sharding)
 
 
 def _fit(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:

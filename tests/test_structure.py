@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # fmt: off
 ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
-    "nf4", "packed", "packed_products", "quant", "lora", "summary",
+    "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "merging", "summary",
     "variants", "optim", "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder", "models.hf_config",
     "models.hf", "models.gguf_tokenizer", "models.gguf", "models.hub", "models",
