@@ -7,6 +7,7 @@ arithmetic of NF4 in `nf4.py`.
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import nf4, tree
 from jlora.leaf import is_array_leaf
@@ -32,10 +34,13 @@ __all__ = [
     "NF4Array",
     "QuantArray",
     "dequantize",
+    "format_of",
     "pack_weight",
+    "placements",
     "quantize",
 ]
 
+_LOG = logging.getLogger("jlora")
 Format = Literal["nf4", "int8", "float8"]
 
 
@@ -349,3 +354,34 @@ def bits_per_parameter(leaf: QuantArray) -> float:
     """What a quantised weight takes, counted from its arrays."""
     stored = sum(8 * np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(leaf))
     return stored / math.prod(leaf.shape)
+
+
+def format_of(leaf: QuantArray) -> str:
+    """The format of a quantised weight, as `quantize` calls it."""
+    return {NF4Array: "nf4", Int8Array: "int8", Float8Array: "float8"}[type(leaf)]
+
+
+def placements(leaf: QuantArray, sharding: NamedSharding) -> Any:
+    """The leaf with a sharding in place of each array, for a weight that is placed by `sharding`.
+
+    No block, whose elements share a scale, is ever cut: columns whose blocks do not divide by the
+    parts are replicated, and the log says so.
+    """
+    mesh = sharding.mesh
+    places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
+    column = leaf.axes.index("in")
+    if (parts := _num_parts(places[column], mesh)) and leaf.num_units() % parts:
+        _LOG.warning(
+            "Axis %d of a %s %s is replicated: its %d blocks do not divide by the %d parts of %s.",
+            column, type(leaf).__name__, leaf.shape, leaf.num_units(), parts, places[column],
+        )  # fmt: skip
+        places[column] = None
+    specs = leaf.specs(PartitionSpec(*places))
+    return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), leaf, specs)
+
+
+def _num_parts(place: Any, mesh: Any) -> int:
+    if place is None or place is PartitionSpec.UNCONSTRAINED:
+        return 0
+    names = (place,) if isinstance(place, str) else tuple(place)
+    return math.prod(mesh.shape[name] for name in names)
