@@ -114,7 +114,7 @@ def fill(source: Source, place: Place | None = None) -> Any:
 def _automatic(sharding: Sharding | None) -> Sharding | None:
     if not isinstance(sharding, NamedSharding):
         return sharding
-    mesh = sharding.mesh
+    mesh: Any = sharding.mesh
     return NamedSharding(jax.sharding.Mesh(mesh.devices, mesh.axis_names), sharding.spec)
 
 
