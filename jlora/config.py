@@ -53,12 +53,17 @@ class ModelConfig(_Section):
         to keep, such as keep:attention,q_proj,k_proj,v_proj.
       unroll: layers in one iteration of the loop over them. As many as there are or more make a
         faster program without a loop, which takes longer to compile.
+      quantize: QLoRA: keeps the frozen weights of linear layers in nf4 (4.13 bits a parameter),
+        int8 or float8, and computes in `dtype`; null for none.
+      cache: whether to keep the quantised weights on disk, for a faster next start.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     remat: Annotated[str, pydantic.AfterValidator(_remat)] = "none"
     unroll: _Count = 1
+    quantize: Literal["nf4", "int8", "float8"] | None = None
+    cache: bool = False
 
 
 class DataConfig(_Section):
@@ -249,7 +254,11 @@ def save(path: str | Path, config: RunConfig) -> None:
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """The keys whose values differ and change what a run computes, as "key: was ..., now ..."."""
     before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
-    keys = [key for key in {**before, **after} if key.split(".")[0] not in ("checkpoint", "output")]
+    keys = [
+        key
+        for key in {**before, **after}
+        if key.split(".")[0] not in ("checkpoint", "output") and key != "model.cache"
+    ]
     return [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
         for key in keys

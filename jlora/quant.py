@@ -7,6 +7,7 @@ on such a tree, `init` puts adapters on top. What a function does with a leaf is
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jlora import nf4, tree
 from jlora import packed_products as _products  # noqa: F401  registers rules
@@ -34,10 +36,13 @@ __all__ = [
     "NF4Array",
     "QuantArray",
     "dequantize",
+    "format_of",
     "pack_weight",
+    "placements",
     "quantize",
 ]
 
+_LOG = logging.getLogger("jlora")
 Format = Literal["nf4", "int8", "float8"]
 
 
@@ -351,3 +356,22 @@ def bits_per_parameter(leaf: QuantArray) -> float:
     """What a quantised weight takes, counted from its arrays."""
     stored = sum(8 * np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(leaf))
     return stored / math.prod(leaf.shape)
+
+
+def format_of(leaf: QuantArray) -> str:
+    """The format of a quantised weight, as `quantize` calls it."""
+    return {NF4Array: "nf4", Int8Array: "int8", Float8Array: "float8"}[type(leaf)]
+
+
+def placements(leaf: QuantArray, sharding: NamedSharding) -> Any:
+    """The leaf with a sharding in place of each array, for a weight that is placed by `sharding`.
+
+    No block, whose elements share a scale, is ever cut: an axis that the packed form cannot cut
+    there is replicated, and the log says so.
+    """
+    for axis in leaf.uncut_axes(sharding.spec, sharding.mesh):
+        _LOG.warning(
+            "Axis %d of a %s %s is replicated: its packed form has no place to cut it by %s.",
+            axis, type(leaf).__name__, leaf.shape, sharding.spec[axis],
+        )  # fmt: skip
+    return leaf.shardings(sharding)

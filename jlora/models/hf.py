@@ -5,6 +5,7 @@ one tensor a layer; ours are `[in, out]`, stacked over layers.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -19,10 +20,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jlora.models import hf_config
+from jlora.models import bnb, hf_config, weights
 from jlora.models.decoder import DecoderConfig, param_shapes
+from jlora.quant import Format
 
-__all__ = ["hf_name", "is_transposed", "load", "save", "tokenizer_files"]
+__all__ = ["hf_name", "is_transposed", "load", "save", "shapes", "tokenizer_files"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -64,14 +66,21 @@ def is_transposed(path: str) -> bool:
 
 
 def load(
-    directory: str | os.PathLike[str], dtype: Any = None
+    directory: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    quantize: Format | None = None,
+    place: weights.Place | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a model, tensor by tensor into the stacked arrays.
 
     Args:
-      directory: with config.json and model.safetensors, or the shards of an index.
+      directory: with config.json and model.safetensors, or the shards of an index; weights that
+        bitsandbytes serialised in NF4 become `NF4Array` leaves.
       dtype: of parameters and computation; by default parameters keep the file's and the
         computation uses the dtype that config.json states.
+      quantize: a format for the weights that `weights.is_quantised` names; None for none.
+      place: as in `weights.fill`.
 
     Returns:
       `(config, params)` as `models/decoder.py` has them.
@@ -81,24 +90,22 @@ def load(
       ValueError: if a file is damaged, or config.json and the tensors do not agree both ways.
       NotImplementedError: if config.json describes something the decoder does not compute.
     """
+    with _opened(Path(directory), dtype, quantize) as (config, sources):
+        flat = {source.path: weights.fill(source, place) for source in sources}
+    return config, _unflatten(flat)
+
+
+def shapes(
+    directory: str | os.PathLike[str], dtype: Any = None, *, quantize: Format | None = None
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """What `load` gives, with `ShapeDtypeStruct`s for arrays; no weight is read."""
     directory = Path(directory)
-    config_file = directory / "config.json"
-    config = hf_config.from_json(_read_json(config_file), source=str(config_file))
-    if dtype is not None:
-        config = DecoderConfig(**{**vars(config), "dtype": dtype})
-    with contextlib.ExitStack() as stack:
-        tensors = {
-            name: _Tensor(handle, name, file)
-            for file in _weight_files(directory)
-            for handle in [stack.enter_context(_open(file))]
-            for name in handle.keys()  # noqa: SIM118 (no mapping)
-        }
-        shapes = _flatten(param_shapes(config))
-        _check_tensors(directory, tensors, shapes, tied=config.tie_embeddings)
-        flat = {
-            path: _stack([tensors[name] for name in _names(path, leaf.shape)], path, leaf, dtype)
-            for path, leaf in shapes.items()
-        }
+    config, packed = _read_config(directory, dtype)
+    if dtype is None or packed:  # the heads of the weights' files say more
+        with _opened(directory, dtype, quantize) as (config, sources):
+            return config, _unflatten({source.path: source.leaf for source in sources})
+    expected = _flatten(param_shapes(config)).items()
+    flat = {path: weights.plan(path, leaf.shape, dtype, quantize) for path, leaf in expected}
     return config, _unflatten(flat)
 
 
@@ -145,6 +152,60 @@ def tokenizer_files(directory: str | os.PathLike[str]) -> dict[str, str]:
     """File name to text, of those tokenizer files that the folder has."""
     files = [Path(directory) / name for name in _TOKENIZER_FILES]
     return {file.name: file.read_bytes().decode() for file in files if file.is_file()}
+
+
+def _read_config(directory: Path, dtype: Any) -> tuple[DecoderConfig, bool]:
+    """The config, and whether the weights are packed in four bits."""
+    file = directory / "config.json"
+    data = _read_json(file)
+    packed = bnb.is_packed(data, str(file))
+    data.pop("quantization_config", None)
+    config = hf_config.from_json(data, source=str(file))
+    return config if dtype is None else dataclasses.replace(config, dtype=dtype), packed
+
+
+@contextlib.contextmanager
+def _opened(
+    directory: Path, dtype: Any, quantize: Format | None
+) -> Iterator[tuple[DecoderConfig, list[weights.Source]]]:
+    """The config and where each parameter is, once both are known to agree."""
+    config, packed = _read_config(directory, dtype)
+    with contextlib.ExitStack() as stack:
+        tensors = {
+            name: _Tensor(handle, name, file)
+            for file in _weight_files(directory)
+            for handle in [stack.enter_context(_open(file))]
+            for name in handle.keys()  # noqa: SIM118 (no mapping)
+        }
+        tensors = bnb.collect(tensors) if packed else tensors
+        shapes = _flatten(param_shapes(config))
+        _check_tensors(directory, tensors, shapes, tied=config.tie_embeddings)
+        yield (
+            config,
+            [
+                _source(path, leaf.shape, [tensors[name] for name in _names(path, leaf.shape)],
+                        dtype, quantize)
+                for path, leaf in shapes.items()
+            ],
+        )  # fmt: skip
+
+
+def _source(
+    path: str,
+    shape: tuple[int, ...],
+    tensors: Sequence["_Tensor | bnb.Packed"],
+    dtype: Any,
+    quantize: Format | None,
+) -> weights.Source:
+    stacked = "{}" in hf_name(path)
+    if any(isinstance(tensor, bnb.Packed) for tensor in tensors):
+        return bnb.source(path, shape, tensors, dtype, quantize, stacked=stacked)
+    if dtype is None:
+        dtype = jnp.result_type(*(jnp.dtype(_DTYPES[tensor.stored]) for tensor in tensors))
+    leaf = weights.plan(path, shape, dtype, quantize)
+    layers = [lambda tensor=tensor: [tensor.read()] for tensor in tensors]
+    form = "transposed" if is_transposed(path) else "plain"
+    return weights.Source(path, leaf, layers, form, stacked)
 
 
 class _Tensor:
@@ -213,7 +274,11 @@ def _tensor_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_tensors(
-    directory: Path, tensors: Mapping[str, _Tensor], shapes: Mapping[str, Any], *, tied: bool
+    directory: Path,
+    tensors: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    *,
+    tied: bool,
 ) -> None:
     expected = {
         name: _tensor_shape(path, leaf.shape)
@@ -237,7 +302,7 @@ def _check_tensors(
     )
 
 
-def _is_tied_copy(name: str, tensors: Mapping[str, _Tensor], tied: bool) -> bool:
+def _is_tied_copy(name: str, tensors: Mapping[str, Any], tied: bool) -> bool:
     """Some writers store a tied head again; one that differs from the embedding is no copy."""
     table = tensors.get("model.embed_tokens.weight")
     if name != "lm_head.weight" or not tied or table is None:
@@ -255,7 +320,7 @@ def _check_params(flat: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         if path in shapes and tuple(leaf.shape) != shapes[path].shape
     ]
     misshapen += [
-        f"{path} is no plain array but {type(leaf).__name__}"
+        f"{path} is no plain array but {type(leaf).__name__}; make it one with jlora.merge_params"
         for path, leaf in flat.items()
         if not isinstance(leaf, jax.Array | np.ndarray)
     ]
@@ -278,17 +343,6 @@ def _refuse(message: str, faults: Mapping[str, Sequence[str]]) -> None:
             lines.append(f"  {kind}: {'; '.join(items[:_LISTED])}{more}")
     if len(lines) > 1:
         raise ValueError("\n".join(lines))
-
-
-def _stack(tensors: Sequence[_Tensor], path: str, leaf: Any, dtype: Any) -> jax.Array:
-    if dtype is None:
-        dtype = jnp.result_type(*(jnp.dtype(_DTYPES[tensor.stored]) for tensor in tensors))
-    out = np.empty(leaf.shape, jnp.dtype(dtype))
-    for layer, tensor in enumerate(tensors):
-        value = tensor.read()
-        target = out[layer, ...] if "{}" in hf_name(path) else out
-        target[...] = value.T if is_transposed(path) else value
-    return jnp.asarray(out)
 
 
 def _write_tensors(directory: Path, flat: Mapping[str, Any]) -> None:
