@@ -7,6 +7,7 @@ modules load on first use of the name.
 import importlib
 from typing import Any
 
+from jlora import variants
 from jlora.interpret import adapt
 from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split
 from jlora.merging import merge_error
@@ -33,6 +34,7 @@ __all__ = [
     "quantize",
     "split",
     "summary",
+    "variants",
 ]
 
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = [
     "LoraConfig",
     "count_parameters",
     "init",
+    "initialiser",
     "labels",
     "leaves_by_path",
     "merge_params",
@@ -139,6 +141,7 @@ def init(
     *,
     fn: Callable[..., Any] | None = None,
     args: Sequence[Any] = (),
+    base: Any = None,
 ) -> Any:
     """Replaces the chosen weights of a tree by `LoraArray` leaves with fresh adapters.
 
@@ -153,15 +156,17 @@ def init(
         `"all-linear"` and for weights of more than two axes that `config.axes` does not name;
         without it a matrix is taken as `[d_in, d_out]`.
       args: further arguments of `fn`; `ShapeDtypeStruct`s will do.
+      base: the weights before they were quantised, for a `config.init` that starts from them.
 
     Returns:
       The tree with a `LoraArray` in place of each chosen weight.
 
     Raises:
-      ValueError: if a pattern matches nothing, a target is no weight, its axes are unknown, or the
-        arguments are not in this order.
+      ValueError: if a pattern matches nothing, a target is no weight, its axes are unknown, nothing
+        is known of `config.init`, or the arguments are not in this order.
     """
     _check_order(key, params, config)
+    restart = _initialiser_of(config)
     leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None
     roles = choose(leaves, config, uses)
@@ -192,7 +197,32 @@ def init(
         "LoRA on %d weights: %s trainable parameters beside %s frozen ones, %.3f %%.",
         len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / max(1, trainable + frozen),
     )  # fmt: skip
-    return adapted
+    return adapted if restart is None or abstract else restart(key, adapted, base)
+
+
+_Initialiser = Callable[[re.Match[str], jax.Array, Any, Any], Any]
+_INITIALISERS: dict[str, _Initialiser] = {}
+
+
+def initialiser(pattern: str) -> Callable[[_Initialiser], _Initialiser]:
+    """Registers `fn(match, key, adapted, base)` for a `config.init` that matches a regex whole."""
+
+    def register(fn: _Initialiser) -> _Initialiser:
+        _INITIALISERS[pattern] = fn
+        return fn
+
+    return register
+
+
+def _initialiser_of(config: LoraConfig) -> Callable[..., Any] | None:
+    if config.init == "default":
+        return None
+    for pattern, start in _INITIALISERS.items():
+        if match := re.fullmatch(pattern, config.init):
+            return functools.partial(start, match)
+    raise ValueError(
+        f"init must be 'default' or match one of {sorted(_INITIALISERS)}, got {config.init!r}."
+    )
 
 
 def _check_order(key: Any, params: Any, config: Any) -> None:

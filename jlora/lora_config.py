@@ -39,6 +39,8 @@ class LoraConfig:
       axes: from patterns to the role of each axis, `"in"`, `"out"` or `"stack"`, for weights of
         more than two axes where `init` gets no function to read the roles from, for instance
         `{"*/q_proj/kernel": ("stack", "in", "out")}`.
+      init: how an adapter starts: `"default"` changes nothing; `"pissa"`, `"pissa_niter_16"`,
+        `"loftq"` and `"loftq_iter_5"` are in `jlora.variants`, and change the base too.
       dtype: of `a` and `b`. In bfloat16 an update of 2e-4 rounds away once |b| passes 0.06.
     """
 
@@ -52,6 +54,7 @@ class LoraConfig:
     rank_stabilized: bool = False
     train: Sequence[Pattern] = ()
     axes: Any = ()
+    init: str = "default"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

@@ -65,6 +65,14 @@ def _call(
         `dense`.
     """
 
+    if leaf.operands:  # which may have derivatives of their own
+
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+        def differentiable(leaf: Packed, x: jax.Array, rest: Sequence[Any]) -> jax.Array:
+            return multiply(leaf.dense(leaf.array), x, *rest)
+
+        return differentiable(leaf, x, rest)
+
     @jax.custom_jvp
     def call(leaf: Packed, x: jax.Array, *rest: Any) -> jax.Array:
         return multiply(leaf.dense(leaf.array), x, *rest)

@@ -160,6 +160,32 @@ def _cut(leaf: Packed, places: tuple[slice, ...]) -> Packed:
     return dataclasses.replace(leaf, moves=(*leaf.moves, step(leaf.shape, places)))
 
 
+@rule(Packed, "rev")
+def _rev(equation: Equation, leaf: Packed) -> Any:
+    def step(old: tuple[int, ...], axes: tuple[int, ...]) -> Move:
+        def of_slice() -> Move | None:
+            return None if 0 in axes else step(old[1:], tuple(axis - 1 for axis in axes))
+
+        return Move(lambda x: lax.rev(x, axes), old, leaf.dtype, of_slice)
+
+    move = step(leaf.shape, tuple(equation.params["dimensions"]))
+    return dataclasses.replace(leaf, moves=(*leaf.moves, move))
+
+
+@rule(Packed, "unstack")
+def _unstack(equation: Equation, leaf: Packed) -> Any:
+    axis, parts = equation.params["axis"], []
+    for index in range(leaf.shape[axis]):
+        layer = leaf.index_leading(lambda x, i=index: x[i], keep=0) if axis == 0 else None
+        if layer is None:
+            places = [slice(0, n, 1) for n in leaf.shape]
+            places[axis] = slice(index, index + 1, 1)
+            part = _cut(leaf, tuple(places))
+            layer = _reshaped(part, [n for a, n in enumerate(leaf.shape) if a != axis])
+        parts.append(layer)
+    return parts
+
+
 @rule(Packed, "split")
 def _split(equation: Equation, leaf: Packed) -> Any:
     axis, parts, start = equation.params["axis"], [], 0

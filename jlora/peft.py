@@ -61,9 +61,15 @@ def save(
       base_license: the base model's license, e.g. "apache-2.0", noted in the model card.
 
     Raises:
-      ValueError: if `params` has no adapters, or is only one half of a split.
+      ValueError: if `params` has no adapters, is only one half of a split, or started from a
+        changed base (`config.init`): convert it with `jlora.variants.to_plain_lora` first.
       NotImplementedError: if PEFT has no way to say what a leaf does.
     """
+    if config.init != "default":
+        raise ValueError(
+            f"init={config.init!r} changed the base, so on the original model this adapter would "
+            "be another function. Convert it with jlora.variants.to_plain_lora, or merge it."
+        )
     leaves = leaves_by_path(params)
     adapters = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoraArray)}
     if not adapters:

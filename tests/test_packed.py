@@ -216,6 +216,7 @@ MORE_USES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", MORE_USES)
 def test_further_uses_give_what_the_dequantised_weight_gives(use):
     fn, shape, roles, *args = MORE_USES[use]

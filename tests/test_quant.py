@@ -278,7 +278,8 @@ def test_a_bfloat16_step_equals_that_on_the_dequantised_base():
     step = jax.jit(jax.value_and_grad(loss_of(fn)))
     got = step(*jlora.split(adapted, config), TOKENS)
     wanted = step(*jlora.split(jlora.dequantize(adapted), config), TOKENS)
-    assert_close(got, wanted, 1e-6)
+    # Where the update rides along in the weight's product it is not rounded to bfloat16 by itself.
+    assert_close(got, wanted, 2e-2)
 
 
 def scan_outputs(fn, *args):
