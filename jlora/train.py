@@ -77,9 +77,7 @@ def cross_entropy(
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), jnp.sum(weights)
 
 
-def _cross_entropy_slope(
-    logits: jax.Array, targets: jax.Array, loss_mask: jax.Array
-) -> jax.Array:
+def _cross_entropy_slope(logits: jax.Array, targets: jax.Array, loss_mask: jax.Array) -> jax.Array:
     """The gradient of `cross_entropy`'s sum, as one elementwise expression of the logits."""
     logits = logits.astype(jnp.float32)
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
