@@ -7,6 +7,7 @@ modules load on first use of the name.
 import importlib
 from typing import Any
 
+from jlora import dora as _dora  # noqa: F401  registers a variant
 from jlora import variants
 from jlora.interpret import adapt
 from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split

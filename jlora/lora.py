@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ __all__ = [
     "leaves_by_path",
     "merge_params",
     "split",
+    "variant",
+    "variant_of",
 ]
 
 _LOG = logging.getLogger("jlora")
@@ -64,12 +66,24 @@ class LoraArray(ArrayLeaf):
       dropout: the share of the update's inputs that is zeroed while `adapt` has a key.
     """
 
+    kind: ClassVar[str] = "LoRA"
+    # Of each array beside the weight: its label, and the role of each of its axes.
+    arrays: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
+        "a": ("lora_a", ("stack", "in", "rank")),
+        "b": ("lora_b", ("stack", "rank", "out")),
+    }
+
     w: Any
     a: Any
     b: Any
     scaling: float = dataclasses.field(metadata={"static": True})
     axes: tuple[Axis, ...] = dataclasses.field(default=("in", "out"), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @classmethod
+    def start(cls, w: Any, a: Any, b: Any, **static: Any) -> Self:
+        """The leaf for a weight and its factors, with whatever else it keeps."""
+        return cls(w, a, b, **static)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,22 +113,26 @@ class LoraArray(ArrayLeaf):
         """The weight itself, whose type has its placement on a mesh."""
         return self.w if isinstance(self.w, jax.Array) else super().placeholder()
 
-    def enter(self, path: str) -> LowRank:
-        """The leaf with both factors spread over the weight's axes, as rules want it."""
+    def enter(self, path: str) -> ArrayLeaf:
+        """The leaf as rules want it."""
+        return self.low_rank(path)
+
+    def low_rank(self, path: str) -> LowRank:
+        """The weight and its update, with both factors spread over the weight's axes."""
         if self.a is None or self.b is None:
             raise ValueError(
                 f"{path!r} has no adapter in this tree, which is one half of jlora.split. Join the "
                 "halves with jlora.combine(trainable, frozen)."
             )
         b = jnp.moveaxis(self.b, self.axes.count("stack"), -1)  # [*stack *out rank]
-        u, v = self._spread(self.a, "in"), self._spread(b, "out")
+        u, v = self.spread(self.a, "in"), self.spread(b, "out")
         if is_array_leaf(self.w):
             kind, w = PackedLowRank, self.w.enter(path)
         else:
             kind, w = LowRank, self.w
         return kind(w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
 
-    def _spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
+    def spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
         """`[*stack *owned rank]` to `[*axes rank]`, with size 1 along the other factor's axes."""
         order = [axis for role in ("stack", owned) for axis, r in enumerate(self.axes) if r == role]
         ranked = sorted(range(len(order)), key=order.__getitem__)
@@ -125,13 +143,25 @@ class LoraArray(ArrayLeaf):
 
     def materialise(self) -> jax.Array:
         """`w + scaling * a @ b`, computed in float32 and rounded once to the dtype of `w`."""
-        return self.enter("").materialise()
+        return self.low_rank("").materialise()
 
-    def labels(self) -> "LoraArray":
-        """The same leaf with `lora_a`, `lora_b` and `frozen` in the places of its arrays."""
+    def apply(self, w: np.ndarray, update: np.ndarray) -> np.ndarray:
+        """What the leaf would stand for with this weight and this `scaling * a @ b`."""
+        return w + update
+
+    def present(self) -> dict[str, Any]:
+        """The arrays beside the weight that are here: all, or those of one half of a split."""
+        values = {name: getattr(self, name) for name in self.arrays}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def num_trained(self) -> int:
+        """How many parameters of the leaf train."""
+        return sum(x.size for name, x in self.present().items() if self.arrays[name][0] != "frozen")
+
+    def labels(self) -> Self:
+        """The same leaf with `lora_a`, `lora_b`, `frozen`, ... in the places of its arrays."""
         w = jax.tree.map(lambda _: "frozen", self.w)
-        a, b = (None if x is None else s for x, s in ((self.a, "lora_a"), (self.b, "lora_b")))
-        return dataclasses.replace(self, w=w, a=a, b=b)
+        return dataclasses.replace(self, w=w, **{n: self.arrays[n][0] for n in self.present()})
 
 
 def init(
@@ -163,10 +193,10 @@ def init(
 
     Raises:
       ValueError: if a pattern matches nothing, a target is no weight, its axes are unknown, nothing
-        is known of `config.init`, or the arguments are not in this order.
+        is known of `config.init` or `config.variant`, or the arguments are not in this order.
     """
     _check_order(key, params, config)
-    restart = _initialiser_of(config)
+    restart, kind = _initialiser_of(config), variant_of(config)
     leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None
     roles = choose(leaves, config, uses)
@@ -187,15 +217,18 @@ def init(
         if path not in roles:
             return leaf
         scaling = config.scaling_of(path)
-        return LoraArray(
-            leaf, *factors[path], scaling=scaling, axes=roles[path], dropout=config.dropout
+        start = functools.partial(
+            kind.start, scaling=scaling, axes=roles[path], dropout=config.dropout
         )
+        arguments = (leaf, *factors[path])
+        return jax.eval_shape(start, *arguments) if abstract else start(*arguments)
 
     adapted = tree.map_with_path(adapt_leaf, params, is_leaf=is_array_leaf)
     trainable, frozen = count_parameters(adapted, config)
+    share = 100 * trainable / max(1, trainable + frozen)
     _LOG.info(
-        "LoRA on %d weights: %s trainable parameters beside %s frozen ones, %.3f %%.",
-        len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / max(1, trainable + frozen),
+        "%s on %d weights: %s trainable parameters beside %s frozen ones, %.3f %%.",
+        kind.kind, len(roles), f"{trainable:,}", f"{frozen:,}", share,
     )  # fmt: skip
     return adapted if restart is None or abstract else restart(key, adapted, base)
 
@@ -212,6 +245,26 @@ def initialiser(pattern: str) -> Callable[[_Initialiser], _Initialiser]:
         return fn
 
     return register
+
+
+_VARIANTS: dict[str, type[LoraArray]] = {"lora": LoraArray}
+
+
+def variant(name: str) -> Callable[[type[LoraArray]], type[LoraArray]]:
+    """Registers a leaf class for a `config.variant`."""
+
+    def register(kind: type[LoraArray]) -> type[LoraArray]:
+        _VARIANTS[name] = kind
+        return kind
+
+    return register
+
+
+def variant_of(config: LoraConfig) -> type[LoraArray]:
+    """The leaf class that a config asks for."""
+    if config.variant not in _VARIANTS:
+        raise ValueError(f"variant must be one of {sorted(_VARIANTS)}, got {config.variant!r}.")
+    return _VARIANTS[config.variant]
 
 
 def _initialiser_of(config: LoraConfig) -> Callable[..., Any] | None:
@@ -298,7 +351,7 @@ def _draw_uniform(
 
 
 def labels(params: Any, config: LoraConfig) -> Any:
-    """Names each array `lora_a`, `lora_b`, `full` (trained whole) or `frozen`.
+    """Names each array `lora_a`, `lora_b`, `magnitude`, `full` (trained whole) or `frozen`.
 
     Args:
       params: a tree from `init`, or either half of it from `split`.

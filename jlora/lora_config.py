@@ -41,6 +41,7 @@ class LoraConfig:
         `{"*/q_proj/kernel": ("stack", "in", "out")}`.
       init: how an adapter starts: `"default"` changes nothing; `"pissa"`, `"pissa_niter_16"`,
         `"loftq"` and `"loftq_iter_5"` are in `jlora.variants`, and change the base too.
+      variant: what a leaf stands for: `"lora"`, or `"dora"` (`jlora.dora`).
       dtype: of `a` and `b`. In bfloat16 an update of 2e-4 rounds away once |b| passes 0.06.
     """
 
@@ -56,6 +57,7 @@ class LoraConfig:
     axes: Any = ()
     init: str = "default"
     dtype: str = "float32"
+    variant: str = "lora"
 
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "train"):
@@ -73,6 +75,11 @@ class LoraConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
         if not jnp.issubdtype(self.dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating-point type, got {self.dtype!r}.")
+        if self.variant != "lora" and self.init != "default":
+            raise ValueError(
+                f"init={self.init!r} changes the base, and variant={self.variant!r} measures the "
+                "base: they cannot be combined. Choose one of the two."
+            )
         for pattern, roles in self.axes:
             unknown = set(roles) - {"stack", "in", "out"}
             if unknown or not {"in", "out"} <= set(roles):

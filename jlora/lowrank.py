@@ -3,13 +3,14 @@
 `LowRank` stands for `w + scaling * sum_r u[..., r] * v[..., r]`. Both factors have the axes of `w`
 and a last one for the rank; a factor has size 1 along the axes that the other one owns. So whatever
 moves the axes of `w` moves those of the factors alike, and a product with `w` becomes two small
-ones, whichever axes it contracts: those are in `products.py`, the moves are here.
+ones, whichever axes it contracts: those are in `products.py`, the moves are here. `Factored` is
+what has such moves, whatever it stands for: a variant with more factors inherits them.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,12 @@ from jlora.leaf import (
     rule,
 )
 
-__all__ = ["LowRank", "contract"]
+__all__ = ["Factored", "LowRank", "contract"]
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank(ArrayLeaf):
-    """`w + scaling * sum_r u[..., r] * v[..., r]` on its way through a function.
+class Factored(ArrayLeaf):
+    """A weight and factors that share its axes, on their way through a function.
 
     Attributes:
       w: `Float[*axes]`, an array or a leaf of its own (quantised).
@@ -43,6 +43,8 @@ class LowRank(ArrayLeaf):
       path: where the weight stands in its tree.
       beside: the paths of further weights that the function joined with it.
     """
+
+    factor_names: ClassVar[tuple[str, ...]] = ("u", "v")
 
     w: Any
     u: jax.Array
@@ -70,6 +72,69 @@ class LowRank(ArrayLeaf):
         """The weight's path, and the paths of those that it was joined with."""
         return (self.path, *self.beside)
 
+    def factors(self) -> tuple[jax.Array, ...]:
+        """The arrays that share the axes of `w`, each with one more axis."""
+        return tuple(getattr(self, name) for name in self.factor_names)
+
+    def moved(self, w: Any, move: Callable[[jax.Array], jax.Array]) -> Self:
+        """The leaf with another `w`, and every factor moved alike."""
+        return self.with_factors(w, [move(factor) for factor in self.factors()])
+
+    def with_factors(self, w: Any, factors: Sequence[Any]) -> Self:
+        """The leaf with another `w` and other factors, in the order of `factors`."""
+        return dataclasses.replace(self, w=w, **dict(zip(self.factor_names, factors, strict=True)))
+
+    def unstack(self) -> Any:
+        """Scans over the axis that factors share or own; one that does not stays as it is."""
+        if is_array_leaf(self.w):
+            cut = self.w.unstack()
+            if cut is None:
+                return None
+            scanned_w, rebuild_w = cut
+        else:
+            scanned_w, rebuild_w = self.w, lambda part: part
+        length = self.shape[0]
+        scanned = [f if f.shape[0] == length else None for f in self.factors()]
+
+        def rebuild(parts: Any) -> Self:
+            part_w, *factors = parts
+            whole = self.factors()
+            cut = [old[0] if part is None else part for part, old in zip(factors, whole)]
+            return self.with_factors(rebuild_w(part_w), cut)
+
+        return (scanned_w, *scanned), rebuild
+
+    def divisible(self, spec: PartitionSpec, mesh: Any) -> Self | None:
+        """With a base whose arrays can be cut."""
+        if not is_array_leaf(self.w):
+            return self
+        w = self.w.divisible(spec, mesh)
+        return None if w is None else dataclasses.replace(self, w=w)
+
+    def specs(self, spec: PartitionSpec) -> Self:
+        """Each factor is cut along the axes that it owns, as the weight is."""
+        places = [*spec, *[None] * (self.ndim - len(spec))]
+        factors = [
+            PartitionSpec(
+                *(place if size > 1 else None for place, size in zip(places, factor.shape))
+            )
+            for factor in self.factors()
+        ]
+        w = self.w.specs(spec) if is_array_leaf(self.w) else spec
+        return self.with_factors(w, factors)
+
+    def after_barrier(self) -> Self:
+        """With a base that knows what it has no tangents for."""
+        return (
+            dataclasses.replace(self, w=self.w.after_barrier()) if is_array_leaf(self.w) else self
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank(Factored):
+    """`w + scaling * sum_r u[..., r] * v[..., r]` on its way through a function."""
+
     def materialise(self) -> jax.Array:
         """`w` plus the product, computed in float32 (or wider) and rounded once."""
         base = self.w.materialise() if is_array_leaf(self.w) else self.w
@@ -85,52 +150,6 @@ class LowRank(ArrayLeaf):
             precision=lax.Precision.HIGHEST,
         )
         return (base.astype(wide) + self.scaling * update).astype(self.dtype)
-
-    def unstack(self) -> Any:
-        """Scans over the axis that the factors share or own; the other factor stays as it is."""
-        if is_array_leaf(self.w):
-            cut = self.w.unstack()
-            if cut is None:
-                return None
-            scanned_w, rebuild_w = cut
-        else:
-            scanned_w, rebuild_w = self.w, lambda part: part
-        length = self.shape[0]
-        scanned = [f if f.shape[0] == length else None for f in (self.u, self.v)]
-
-        def rebuild(parts: Any) -> "LowRank":
-            part_w, *factors = parts
-            u, v = (
-                whole[0] if part is None else part for part, whole in zip(factors, (self.u, self.v))
-            )
-            return dataclasses.replace(self, w=rebuild_w(part_w), u=u, v=v)
-
-        return (scanned_w, *scanned), rebuild
-
-    def divisible(self, spec: PartitionSpec, mesh: Any) -> "LowRank | None":
-        """With a base whose arrays can be cut."""
-        if not is_array_leaf(self.w):
-            return self
-        w = self.w.divisible(spec, mesh)
-        return None if w is None else dataclasses.replace(self, w=w)
-
-    def specs(self, spec: PartitionSpec) -> "LowRank":
-        """Each factor is cut along the axes that it owns, as the weight is."""
-        places = [*spec, *[None] * (self.ndim - len(spec))]
-        u, v = (
-            PartitionSpec(
-                *(place if size > 1 else None for place, size in zip(places, factor.shape))
-            )
-            for factor in (self.u, self.v)
-        )
-        w = self.w.specs(spec) if is_array_leaf(self.w) else spec
-        return dataclasses.replace(self, w=w, u=u, v=v)
-
-    def after_barrier(self) -> "LowRank":
-        """With a base that knows what it has no tangents for."""
-        return (
-            dataclasses.replace(self, w=self.w.after_barrier()) if is_array_leaf(self.w) else self
-        )
 
 
 def contract(
@@ -195,8 +214,8 @@ def _sum_alone(
     return x.sum(alone) if alone else x, kept
 
 
-@rule(LowRank, "convert_element_type")
-def _convert_element_type(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "convert_element_type")
+def _convert_element_type(equation: Equation, leaf: Factored) -> Any:
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
         return NotImplemented  # fewer bits quantise the sum, not its parts
@@ -204,25 +223,25 @@ def _convert_element_type(equation: Equation, leaf: LowRank) -> Any:
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))
 
 
-@rule(LowRank, "reshard")
-def _reshard(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "reshard")
+def _reshard(equation: Equation, leaf: Factored) -> Any:
     wanted = equation.params["dst_sharding"]  # maybe on the same mesh with other types of axes
-    specs: Any = leaf.specs(wanted.spec)
-    u, v = (
+    specs: Any = leaf.specs(wanted.spec).factors()
+    factors = [
         equation.bind_as(equation.params | {"dst_sharding": NamedSharding(wanted.mesh, spec)}, x)
-        for x, spec in ((leaf.u, specs.u), (leaf.v, specs.v))
-    )
-    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+        for x, spec in zip(leaf.factors(), specs)
+    ]
+    return leaf.with_factors(equation.bind(leaf.w), factors)
 
 
-@rule(LowRank, "pvary", "name")
-def _of_the_weight_alone(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "pvary", "name")
+def _of_the_weight_alone(equation: Equation, leaf: Factored) -> Any:
     # The factors are small, have placements of their own, and products make up for it.
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))
 
 
-@rule(LowRank, "split")
-def _split(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "split")
+def _split(equation: Equation, leaf: Factored) -> Any:
     sizes, axis = equation.params["sizes"], equation.params["axis"]
 
     def cut(factor: jax.Array) -> list[jax.Array]:
@@ -230,12 +249,12 @@ def _split(equation: Equation, leaf: LowRank) -> Any:
             return [factor] * len(sizes)
         return list(lax.split(factor, sizes, axis))
 
-    parts = zip(equation.bind(leaf.w), cut(leaf.u), cut(leaf.v))
-    return [dataclasses.replace(leaf, w=w, u=u, v=v) for w, u, v in parts]
+    parts = zip(equation.bind(leaf.w), *map(cut, leaf.factors()))
+    return [leaf.with_factors(w, factors) for w, *factors in parts]
 
 
-@rule(LowRank, "unstack")
-def _unstack(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "unstack")
+def _unstack(equation: Equation, leaf: Factored) -> Any:
     axis = equation.params["axis"]
 
     def cut(factor: jax.Array) -> Sequence[jax.Array]:
@@ -243,29 +262,28 @@ def _unstack(equation: Equation, leaf: LowRank) -> Any:
             return [lax.squeeze(factor, (axis,))] * leaf.shape[axis]
         return jnp.unstack(factor, axis=axis)
 
-    parts = zip(equation.bind(leaf.w), cut(leaf.u), cut(leaf.v))
-    return [dataclasses.replace(leaf, w=w, u=u, v=v) for w, u, v in parts]
+    parts = zip(equation.bind(leaf.w), *map(cut, leaf.factors()))
+    return [leaf.with_factors(w, factors) for w, *factors in parts]
 
 
-@rule(LowRank, "copy", "copy_p", "stop_gradient")
-def _pass_through(equation: Equation, leaf: LowRank) -> Any:
-    w, u, v = (equation.bind(part) for part in (leaf.w, leaf.u, leaf.v))
-    return dataclasses.replace(leaf, w=w, u=u, v=v)
+@rule(Factored, "copy", "copy_p", "stop_gradient")
+def _pass_through(equation: Equation, leaf: Factored) -> Any:
+    return leaf.moved(equation.bind(leaf.w), equation.bind)
 
 
-@rule(LowRank, "neg")
-def _neg(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "neg")
+def _neg(equation: Equation, leaf: Factored) -> Any:
     return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=equation.bind(leaf.u))
 
 
-@rule(LowRank, "optimization_barrier")
+@rule(Factored, "optimization_barrier")
 def _optimization_barrier(equation: Equation, *operands: Any) -> Any:
     return pass_barrier(equation, operands)
 
 
-@rule(LowRank, "mul", "div")
+@rule(Factored, "mul", "div")
 def _scale(equation: Equation, left: Any, right: Any) -> Any:
-    leaf, factor = (left, right) if isinstance(left, LowRank) else (right, left)
+    leaf, factor = (left, right) if isinstance(left, Factored) else (right, left)
     if is_array_leaf(factor) or jnp.ndim(factor) or (equation.name == "div" and leaf is right):
         return NotImplemented
     w = equation.bind(*((leaf.w, right) if leaf is left else (left, leaf.w)))
@@ -274,33 +292,31 @@ def _scale(equation: Equation, left: Any, right: Any) -> Any:
     return dataclasses.replace(leaf, w=w, u=u)
 
 
-@rule(LowRank, "transpose")
-def _transpose(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "transpose")
+def _transpose(equation: Equation, leaf: Factored) -> Any:
     permutation = (*equation.params["permutation"], leaf.ndim)
-    u, v = leaf.u.transpose(permutation), leaf.v.transpose(permutation)
-    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+    return leaf.moved(equation.bind(leaf.w), lambda factor: factor.transpose(permutation))
 
 
-@rule(LowRank, "squeeze")
-def _squeeze(equation: Equation, leaf: LowRank) -> Any:
-    u, v = (lax.squeeze(factor, equation.params["dimensions"]) for factor in (leaf.u, leaf.v))
-    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+@rule(Factored, "squeeze")
+def _squeeze(equation: Equation, leaf: Factored) -> Any:
+    gone = equation.params["dimensions"]
+    return leaf.moved(equation.bind(leaf.w), lambda factor: lax.squeeze(factor, gone))
 
 
-@rule(LowRank, "reshape")
-def _reshape(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "reshape")
+def _reshape(equation: Equation, leaf: Factored) -> Any:
     new_sizes = equation.params["new_sizes"]
     if equation.params["dimensions"] is not None:
         return NotImplemented
     factors = []
-    for factor in (leaf.u, leaf.v):
+    for factor in leaf.factors():
         shape = _reshaped_factor(factor.shape[:-1], leaf.shape, new_sizes)
         if shape is None:
             return NotImplemented
         sharding = _owned_sharding(equation.params["sharding"], shape)
         factors.append(lax.reshape(factor, (*shape, factor.shape[-1]), out_sharding=sharding))
-    u, v = factors
-    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+    return leaf.with_factors(equation.bind(leaf.w), factors)
 
 
 def _reshaped_factor(
@@ -326,8 +342,8 @@ def _owned_sharding(sharding: NamedSharding | None, shape: Sequence[int]) -> Nam
     return NamedSharding(sharding.mesh, PartitionSpec(*spec, None))
 
 
-@rule(LowRank, "slice")
-def _slice(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "slice")
+def _slice(equation: Equation, leaf: Factored) -> Any:
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * leaf.ndim
 
@@ -338,12 +354,12 @@ def _slice(equation: Equation, leaf: LowRank) -> Any:
         )
         return factor[tuple(places)]
 
-    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=cut(leaf.u), v=cut(leaf.v))
+    return leaf.moved(equation.bind(leaf.w), cut)
 
 
-@rule(LowRank, "dynamic_slice")
+@rule(Factored, "dynamic_slice")
 def _dynamic_slice(equation: Equation, leaf: Any, *starts: Any) -> Any:
-    if not isinstance(leaf, LowRank):
+    if not isinstance(leaf, Factored):
         return NotImplemented
 
     def cut(factor: jax.Array) -> jax.Array:
@@ -352,15 +368,15 @@ def _dynamic_slice(equation: Equation, leaf: Any, *starts: Any) -> Any:
                 factor = lax.dynamic_slice_in_dim(factor, start, size, axis)
         return factor
 
-    part = dataclasses.replace(leaf, w=equation.bind(leaf.w, *starts), u=cut(leaf.u), v=cut(leaf.v))
+    part = leaf.moved(equation.bind(leaf.w, *starts), cut)
     # One row of a table is an activation, as small as it gets.
     is_row = any(math.prod(factor.shape[:-1]) == 1 for factor in (part.u, part.v))
     return part.materialise() if is_row else part
 
 
-@rule(LowRank, "broadcast_in_dim")
+@rule(Factored, "broadcast_in_dim")
 def _broadcast_in_dim(equation: Equation, leaf: Any, *sizes: Any) -> Any:
-    if not isinstance(leaf, LowRank) or sizes:
+    if not isinstance(leaf, Factored) or sizes:
         return NotImplemented
     shape, places = equation.params["shape"], equation.params["broadcast_dimensions"]
     placed = dict(zip(places, range(leaf.ndim)))
@@ -380,17 +396,16 @@ def _broadcast_in_dim(equation: Equation, leaf: Any, *sizes: Any) -> Any:
             out_sharding=_owned_sharding(equation.params["sharding"], target),
         )
 
-    u, v = spread(leaf.u, fill=False), spread(leaf.v, fill=True)
-    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+    factors = [spread(f, fill=name == "v") for f, name in zip(leaf.factors(), leaf.factor_names)]
+    return leaf.with_factors(equation.bind(leaf.w), factors)
 
 
-@rule(LowRank, "rev")
-def _rev(equation: Equation, leaf: LowRank) -> Any:
-    w, u, v = (equation.bind(part) for part in (leaf.w, leaf.u, leaf.v))  # 1 reversed is itself
-    return dataclasses.replace(leaf, w=w, u=u, v=v)
+@rule(Factored, "rev")
+def _rev(equation: Equation, leaf: Factored) -> Any:
+    return leaf.moved(equation.bind(leaf.w), equation.bind)  # an axis of size 1 is itself
 
 
-@rule(LowRank, "sharding_constraint")
-def _sharding_constraint(equation: Equation, leaf: LowRank) -> Any:
+@rule(Factored, "sharding_constraint")
+def _sharding_constraint(equation: Equation, leaf: Factored) -> Any:
     # The factors are small: they stay where they are, and the compiler moves what it must.
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))

@@ -155,8 +155,8 @@ def _layers(leaf: LoraArray, original: Any) -> Iterator[tuple[LoraArray, Any]]:
             w = dataclasses.replace(w, axes=own, sizes=tuple(sizes))
         else:
             w = leaf.w[cut]
-        a, b = leaf.a[index], leaf.b[index]
-        layer = dataclasses.replace(leaf, w=w, a=a, b=b, axes=axes)
+        arrays = {name: array[index] for name, array in leaf.present().items()}
+        layer = dataclasses.replace(leaf, w=w, axes=axes, **arrays)
         yield layer, None if original is None else original[cut]
 
 
@@ -164,14 +164,16 @@ def _weight_error(path: str, leaf: LoraArray, original: Any) -> WeightError:
     sums = dict.fromkeys(("base", "update", "exact", "rounded", "kept", "noise", "shift"), 0.0)
     quantised = isinstance(leaf.w, QuantArray)
     for layer, source in _layers(leaf, original):
-        base, update = _double(dequantize(layer.w)), _update(layer)
+        base, product = _double(dequantize(layer.w)), _update(layer)
+        update = layer.apply(base, product) - base
         target = base if source is None else _double(source)
+        exact = layer.apply(target, product)
         into = layer if source is None else dataclasses.replace(layer, w=jnp.asarray(source))
         merged = _double(merge_params(into))
         sums["base"] += _square(base)
         sums["update"] += _square(update)
-        sums["exact"] += _square(target + update)
-        sums["rounded"] += _square(merged - (target + update))
+        sums["exact"] += _square(exact)
+        sums["rounded"] += _square(merged - exact)
         sums["shift"] += _square(target - base)
         if quantised:
             change = _double(dequantize(merge_params(layer, requantize=True))) - base

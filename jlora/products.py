@@ -17,9 +17,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.leaf import Context, Equation, explicit_sharding, is_array_leaf, rule
-from jlora.lowrank import LowRank, contract
+from jlora.lowrank import Factored, LowRank, contract
 
-__all__: list[str] = []  # importing this module registers its rules
+__all__ = ["arrange", "gather_axes", "gather_rows"]  # importing this module registers its rules
 
 
 def _product(
@@ -166,31 +166,16 @@ def _warn_of_training(leaf: LowRank, context: Context) -> LowRank:
 @rule(LowRank, "gather")
 def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
     """Rows of the weight (an embedding, one layer of a stack) from rows of its factors."""
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    if not isinstance(leaf, LowRank) or is_array_leaf(indices) or numbers.operand_batching_dims:
+    found = gather_axes(equation, leaf, indices) if isinstance(leaf, LowRank) else None
+    if found is None:
         return NotImplemented
-    whole = [axis for axis in range(leaf.ndim) if sizes[axis] == leaf.shape[axis]]
-    indexed = [a for a in numbers.start_index_map if a not in whole or leaf.shape[a] == 1]
-    in_bounds = equation.params["mode"] in _NEVER_OUT_OF_BOUNDS
-    taken_whole = any(axis not in indexed for axis in numbers.start_index_map)
-    if taken_whole and not in_bounds:
-        return NotImplemented  # the index into such an axis may be out of bounds
+    indexed, axes, out_axes = found
     kept = [axis for axis in range(leaf.ndim) if axis not in indexed]
-    if any(sizes[axis] != 1 for axis in indexed) or any(axis not in whole for axis in kept):
-        return NotImplemented
-    num_batch = indices.ndim - 1
-    offsets = iter(a for a in range(leaf.ndim) if a not in numbers.collapsed_slice_dims)
-    batch = iter(range(num_batch))
-    out_axes = [
-        ("w", next(offsets)) if place in numbers.offset_dims else ("index", next(batch))
-        for place in range(len(equation.out.shape))
-    ]
-    u, v = (_gather_rows(equation, f, indices, indexed) for f in (leaf.u, leaf.v))
-    axes = [*(("index", i) for i in range(num_batch)), *(("w", a) for a in kept)]
+    u, v = (gather_rows(equation, f, indices, indexed) for f in (leaf.u, leaf.v))
     base = equation.bind(leaf.w, indices)
     if all(any(f.shape[axis] > 1 for axis in kept) for f in (leaf.u, leaf.v)):
         # Weights picked from a stack are weights still; the picks become axes that both own.
-        u, v = (_arrange(factor, axes, out_axes) for factor in (u, v))
+        u, v = (arrange(factor, axes, out_axes) for factor in (u, v))
         return dataclasses.replace(leaf, w=base, u=u, v=v)
     update = contract(
         leaf.scaling * u.astype(leaf.dtype),
@@ -204,10 +189,40 @@ def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
     return base + jnp.broadcast_to(update, equation.out.shape).astype(equation.out.dtype)
 
 
+def gather_axes(
+    equation: Equation, leaf: Factored, indices: Any
+) -> tuple[list[int], list[Any], list[Any]] | None:
+    """The axes that a gather indexes, those of gathered factors and of its result; None if none.
+
+    Only a gather of single rows, whole along every other axis, is told by its axes.
+    """
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    if is_array_leaf(indices) or numbers.operand_batching_dims:
+        return None
+    whole = [axis for axis in range(leaf.ndim) if sizes[axis] == leaf.shape[axis]]
+    indexed = [a for a in numbers.start_index_map if a not in whole or leaf.shape[a] == 1]
+    in_bounds = equation.params["mode"] in _NEVER_OUT_OF_BOUNDS
+    taken_whole = any(axis not in indexed for axis in numbers.start_index_map)
+    if taken_whole and not in_bounds:
+        return None  # the index into such an axis may be out of bounds
+    kept = [axis for axis in range(leaf.ndim) if axis not in indexed]
+    if any(sizes[axis] != 1 for axis in indexed) or any(axis not in whole for axis in kept):
+        return None
+    num_batch = indices.ndim - 1
+    offsets = iter(a for a in range(leaf.ndim) if a not in numbers.collapsed_slice_dims)
+    batch = iter(range(num_batch))
+    out_axes = [
+        ("w", next(offsets)) if place in numbers.offset_dims else ("index", next(batch))
+        for place in range(len(equation.out.shape))
+    ]
+    axes = [*(("index", i) for i in range(num_batch)), *(("w", a) for a in kept)]
+    return indexed, axes, out_axes
+
+
 _NEVER_OUT_OF_BOUNDS = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
-def _arrange(factor: jax.Array, axes: Sequence[Any], out_axes: Sequence[Any]) -> jax.Array:
+def arrange(factor: jax.Array, axes: Sequence[Any], out_axes: Sequence[Any]) -> jax.Array:
     """`[*axes rank]` to `[*out_axes rank]`, with size 1 where the factor lacks an axis."""
     present = [axis for axis in out_axes if axis in axes]
     factor = factor.transpose(*(axes.index(axis) for axis in present), len(axes))
@@ -215,7 +230,7 @@ def _arrange(factor: jax.Array, axes: Sequence[Any], out_axes: Sequence[Any]) ->
     return lax.expand_dims(factor, missing)
 
 
-def _gather_rows(
+def gather_rows(
     equation: Equation, factor: jax.Array, indices: jax.Array, indexed: Sequence[int]
 ) -> jax.Array:
     """Indexes the axes that a factor owns: `[*indices, *other axes, rank]`, size 1 if none."""

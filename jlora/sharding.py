@@ -81,15 +81,16 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
         places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
 
         def cut(role: str) -> list[Any]:
+            if role == "rank":
+                return [None]
             return [None if replicate else p for p, r in zip(places, leaf.axes) if r == role]
 
-        a = PartitionSpec(*cut("stack"), *cut("in"), None)
-        b = PartitionSpec(*cut("stack"), None, *cut("out"))
-        a, b = (NamedSharding(sharding.mesh, spec) for spec in (a, b))
         w = placements(leaf.w, sharding) if isinstance(leaf.w, QuantArray) else sharding
-        return dataclasses.replace(
-            leaf, w=w, a=None if leaf.a is None else a, b=None if leaf.b is None else b
-        )
+        placed = {}
+        for name in leaf.present():
+            spec = PartitionSpec(*(place for role in leaf.arrays[name][1] for place in cut(role)))
+            placed[name] = NamedSharding(sharding.mesh, spec)
+        return dataclasses.replace(leaf, w=w, **placed)
 
     return jax.tree.map(extend, params, base, is_leaf=is_array_leaf)
 

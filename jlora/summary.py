@@ -73,9 +73,10 @@ def summary(params: Any, config: LoraConfig) -> Summary:
     for path, leaf in leaves_by_path(params).items():
         if isinstance(leaf, LoraArray):
             how = f"rank {leaf.rank}, scaling {leaf.scaling:g}"
+            how = how if type(leaf) is LoraArray else f"{leaf.kind}, {how}"
             if isinstance(leaf.w, QuantArray):
                 how += f", on {format_of(leaf.w)}"
-            rows.append((path, leaf.shape, how, leaf.a.size + leaf.b.size))
+            rows.append((path, leaf.shape, how, leaf.num_trained()))
         elif any(tree.matches(pattern, path) for pattern in config.train):
             rows.append((path, tuple(leaf.shape), "whole", leaf.size))
     trainable, frozen = count_parameters(params, config)

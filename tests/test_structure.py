@@ -13,8 +13,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # fmt: off
 ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
-    "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "merging", "summary",
-    "variants", "optim", "sharding",
+    "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "dora", "merging",
+    "summary", "variants", "optim", "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder", "models.weights",
     "models.bnb", "models.hf_config", "models.hf", "models.gguf_tokenizer", "models.gguf",
     "models.packed_cache", "models.hub", "models",
