@@ -116,6 +116,7 @@ class Settings:
       length: tokens of a row.
       segments: packed examples in a row, of equal length; a row of one is not masked by segments.
       rank: of the adapters.
+      variant: of the adapters, as in `LoraConfig`; model flops count those of "lora".
       targets: the adapted weights.
       head_chunk: tokens that go through the head together; None as in a run.
       accumulation: micro-batches of a step.
@@ -132,6 +133,7 @@ class Settings:
     length: int = 2048
     segments: int = 1
     rank: int = 16
+    variant: str = "lora"
     targets: tuple[str, ...] = _PROJECTIONS
     head_chunk: int | None = None
     accumulation: int = 1
@@ -197,7 +199,12 @@ def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) 
       ValueError: if something in the settings cannot be, or the device's memory does not do.
     """
     config = decoder_config(settings)
-    lora = jlora.LoraConfig(rank=settings.rank, alpha=2.0 * settings.rank, targets=settings.targets)
+    lora = jlora.LoraConfig(
+        rank=settings.rank,
+        alpha=2.0 * settings.rank,
+        targets=settings.targets,
+        variant=settings.variant,
+    )
     with _memory_explained(settings):
         say(f"Making weights of the shape {settings.shape!r} ({settings.base}) ...")
         model = decoder.Decoder(config)
@@ -457,7 +464,7 @@ def table(result: dict[str, Any]) -> str:
     head = (
         f"{result['shape']} {result['base']}, remat {result['remat']}, unroll {result['unroll']}, "
         f"{result['accumulation']} x {result['batch']} x {result['length']} tokens, "
-        f"{result['segments']} segment(s) a row, rank {result['rank']}\n"
+        f"{result['segments']} segment(s) a row, {result['variant']} of rank {result['rank']}\n"
         f"{result['device']} ({result['backend']}), jax {result['jax']}"
     )
     return "\n".join([head, *(f"  {name:<12} {value}" for name, value in rows.items())])

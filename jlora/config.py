@@ -104,6 +104,7 @@ class LoraSection(_Section):
     rank_stabilized: bool = False
     train: tuple[str, ...] | str = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    variant: Literal["lora", "dora"] = "lora"
 
 
 class OptimConfig(_Section):
