@@ -16,20 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import tree
+from jlora.dora import DoraArray
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, labels, leaves_by_path
-from jlora.peft_folder import CONFIG, WEIGHTS, listed, read_settings, read_tensors, write
+from jlora.peft_folder import CONFIG, read_settings, read_tensors, write
 from jlora.peft_names import (
     HEAD,
     Place,
     find_places,
-    is_saved,
-    is_targeted,
     is_tied,
-    pattern_value,
     suffixes,
     with_parents,
 )
+from jlora.peft_read import check_shape, dense, match, read_adapter, read_config
 
 __all__ = ["load", "save"]
 
@@ -87,8 +86,12 @@ def save(
     tensors = {}
     for path, leaf in adapters.items():
         tensors |= _factor_tensors(leaf, places[path])
+    if not tensors:
+        raise ValueError("All factors of all adapters are zero: there is nothing to save.")
     whole = _whole_tensors(trained, leaves, places)
-    settings = _settings(adapters, places, config, {name.rpartition(".")[0] for name in whole})
+    saved = {name.rpartition(".")[0] for name in whole}
+    settings = _settings(adapters, tensors, places, config, saved)
+    settings["use_dora"] = any(isinstance(leaf, DoraArray) for leaf in adapters.values())
     settings["base_model_name_or_path"] = base_model or None
     write(pathlib.Path(directory), settings, tensors | whole, base_license)
 
@@ -117,19 +120,19 @@ def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfi
         if isinstance(leaf, LoraArray):
             raise ValueError(f"{path!r} already has an adapter; merge it before loading another.")
     places = find_places(leaves)
-    adapted, whole = _match(folder, settings, tensors, leaves, places)
+    adapted, whole = match(folder, settings, tensors, leaves, places)
     filled: dict[str, Any] = {}
     for path in adapted:
-        filled[path] = _adapter(folder, settings, tensors, path, leaves[path], places[path])
+        filled[path] = read_adapter(folder, settings, tensors, path, leaves[path], places[path])
     for path in whole:
         for module in (place := places[path]).modules:
             name = f"{module}.{place.parameter}"
-            _check_shape(folder, name, tensors[name], place.shape(leaves[path].shape))
+            check_shape(folder, name, tensors[name], place.shape(leaves[path].shape))
         filled[path] = jnp.asarray(place.array(tensors), leaves[path].dtype)
     params = tree.map_with_path(
         lambda path, leaf: filled.get(path, leaf), params, is_leaf=is_array_leaf
     )
-    return params, _lora_config(folder, settings, filled, leaves, places)
+    return params, read_config(folder, settings, filled, leaves, places)
 
 
 def _check_expressible(
@@ -154,6 +157,11 @@ def _check_expressible(
             raise NotImplementedError(
                 f"The adapter at {path!r} cannot be exported: {_TIED_ADVICE}."
             )
+    if len({type(leaf) for leaf in adapters.values()}) > 1:
+        raise NotImplementedError(
+            "Some adapters are DoRA and some are not; PEFT's use_dora is for all of a folder. "
+            "Merge with jlora.merge_params and save the whole model."
+        )
     adapted = {module: path for path in adapters for module in places[path].modules}
     for path in trained:
         if other := adapted.get(places[path].modules[0]):
@@ -173,8 +181,19 @@ def _factor_tensors(leaf: LoraArray, place: Place) -> dict[str, np.ndarray]:
     tensors = {}
     for module, a_layer, b_layer in zip(place.modules, a, b, strict=True):
         down, up = place.factor_names(module)
-        tensors[down] = np.ascontiguousarray(a_layer.T)  # [rank d_in]
-        tensors[up] = np.ascontiguousarray(b_layer.T)  # [d_out rank]
+        if a_layer.any() or b_layer.any():  # else a layer without an adapter, see `_adapter`
+            tensors[down] = np.ascontiguousarray(a_layer.T)  # [rank d_in]
+            tensors[up] = np.ascontiguousarray(b_layer.T)  # [d_out rank]
+    if isinstance(leaf, DoraArray):
+        magnitude = np.asarray(leaf.magnitude.astype(jnp.float32))
+        for module, lengths in zip(place.modules, magnitude if place.stacked else magnitude[None]):
+            down, up, name = place.adapter_names(module, dora=True)
+            if down not in tensors:
+                raise NotImplementedError(
+                    f"The DoRA adapter of {module} has factors that are all zero; PEFT would start "
+                    "it afresh. Merge it with jlora.merge_params and save the whole model."
+                )
+            tensors[name] = np.ascontiguousarray(lengths)
     return tensors
 
 
@@ -187,25 +206,27 @@ def _whole_tensors(
     for path, place in places.items():
         if place.modules[0] not in modules:
             continue
-        array = np.asarray(_dense(leaves[path]).astype(jnp.float32))
+        array = np.asarray(dense(leaves[path]).astype(jnp.float32))
         tensors |= {k: np.ascontiguousarray(x) for k, x in place.tensors(array).items()}
         if place.kind == "embedding" and is_tied(places):
             tensors[f"{HEAD}.weight"] = tensors[f"{place.modules[0]}.weight"]
     return tensors
 
 
-def _dense(leaf: Any) -> Any:
-    return leaf.materialise() if is_array_leaf(leaf) else leaf
-
-
 def _settings(
     adapters: Mapping[str, LoraArray],
+    tensors: Mapping[str, np.ndarray],
     places: Mapping[str, Place],
     config: LoraConfig,
     whole: Iterable[str],
 ) -> dict[str, Any]:
     """The contents of adapter_config.json."""
-    adapted = {module: path for path in adapters for module in places[path].modules}
+    adapted = {
+        module: path
+        for path in adapters
+        for module in places[path].modules
+        if places[path].factor_names(module)[0] in tensors
+    }
     others = {module for place in places.values() for module in place.modules} - set(adapted)
     if is_tied(places):
         others.add(HEAD)
@@ -263,216 +284,3 @@ def _by_suffix(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
             others = set(values) - set(wanted)
             patterns |= dict.fromkeys(suffixes(wanted, others), value)
     return patterns
-
-
-def _match(
-    folder: pathlib.Path,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    leaves: Mapping[str, Any],
-    places: Mapping[str, Place],
-) -> tuple[list[str], list[str]]:
-    """The paths that get factors and those replaced whole, where every tensor has a use."""
-    adapted, whole = [], []
-    expected: set[str] = set()
-    spare: set[str] = set()  # copies of base weights, which PEFT stores beside adapted embeddings
-    for path, place in places.items():
-        saved = [module for module in place.modules if is_saved(module, settings)]
-        if saved:
-            _check_cover(folder, path, place, saved)
-            whole.append(path)
-            expected.update(f"{module}.{place.parameter}" for module in place.modules)
-            continue
-        if _takes_factors(folder, path, place, settings, tensors):
-            adapted.append(path)
-            expected.update(name for m in place.modules for name in place.factor_names(m))
-        for module in place.modules:
-            names = {f"{module}.{place.parameter}", f"{module}.base_layer.{place.parameter}"}
-            for name in names & set(tensors):
-                _check_copy(folder, name, tensors, leaves[path], place, module)
-                spare.add(name)
-    if is_tied(places):
-        spare |= _check_tied(folder, settings, tensors, leaves, places, adapted, whole)
-    missing, unused = expected - set(tensors), set(tensors) - expected - spare
-    if missing or unused:
-        raise ValueError(
-            f"{folder / WEIGHTS} does not fit {CONFIG} and the model. Missing from the file: "
-            f"{listed(sorted(missing))}. Without a place in the model: {listed(sorted(unused))}."
-        )
-    if not adapted:
-        raise ValueError(f"{folder} holds no factors for any weight of this model.")
-    return adapted, whole
-
-
-def _takes_factors(
-    folder: pathlib.Path,
-    path: str,
-    place: Place,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-) -> bool:
-    """Whether the file or the config has an adapter for a leaf; if so, it must cover all of it."""
-    if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
-        return False
-    held = [m for m in place.modules if not set(place.factor_names(m)).isdisjoint(tensors)]
-    wanted = [m for m in place.modules if is_targeted(m, place, settings)]
-    covered = {*held, *wanted}
-    if covered:
-        _check_cover(folder, path, place, sorted(covered))
-    return bool(covered)
-
-
-def _check_cover(folder: pathlib.Path, path: str, place: Place, covered: Sequence[str]) -> None:
-    if len(covered) < len(place.modules):
-        raise NotImplementedError(
-            f"{folder} changes {path!r} only in {listed(covered)}. Its layers are stacked in one "
-            f"leaf here, so an adapter has to cover all {len(place.modules)} of them."
-        )
-
-
-def _check_copy(
-    folder: pathlib.Path,
-    name: str,
-    tensors: Mapping[str, np.ndarray],
-    leaf: Any,
-    place: Place,
-    module: str,
-) -> None:
-    """Refuses a base weight in the file that is not the base's, up to bfloat16 rounding."""
-    _check_shape(folder, name, tensors[name], place.shape(leaf.shape))
-    base = place.tensors(np.asarray(jnp.asarray(_dense(leaf), jnp.bfloat16)))
-    if not np.array_equal(base[f"{module}.{place.parameter}"], tensors[name].astype(jnp.bfloat16)):
-        raise ValueError(
-            f"{folder / WEIGHTS} holds {name}, which differs from the base model's and is not in "
-            "modules_to_save: the adapter was made for another base model."
-        )
-
-
-def _check_tied(
-    folder: pathlib.Path,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    leaves: Mapping[str, Any],
-    places: Mapping[str, Place],
-    adapted: Sequence[str],
-    whole: Sequence[str],
-) -> set[str]:
-    """The tensors of a tied model's head, which have to be the embedding's."""
-    path, table = next((p, place) for p, place in places.items() if place.kind == "embedding")
-    heads = {f"{HEAD}.weight", f"{HEAD}.base_layer.weight"} & set(tensors)
-    apart = path in adapted or any(name.startswith(f"{HEAD}.lora_") for name in tensors)
-    if path in whole:
-        embedding = tensors.get(f"{table.modules[0]}.weight")
-        same = embedding is not None and all(
-            np.array_equal(tensors[name], embedding) for name in heads
-        )
-        apart |= not same or not (heads or settings.get("ensure_weight_tying"))
-    elif not apart:
-        for name in heads:
-            _check_copy(folder, name, tensors, leaves[path], table, table.modules[0])
-    if apart:
-        raise NotImplementedError(
-            f"{folder} changes the embedding and the head apart from each other, but in this model "
-            "they are one leaf. Merge it with PEFT into a model with tie_word_embeddings=false and "
-            "load that."
-        )
-    return heads
-
-
-def _adapter(
-    folder: pathlib.Path,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    path: str,
-    leaf: Any,
-    place: Place,
-) -> LoraArray:
-    rank, alpha = _rank_and_alpha(folder, settings, path, place)
-    d_in, d_out = leaf.shape[-2:]
-    downs, ups = [], []
-    for module in place.modules:
-        down, up = place.factor_names(module)
-        _check_shape(folder, down, tensors[down], (rank, d_in))
-        _check_shape(folder, up, tensors[up], (d_out, rank))
-        downs.append(tensors[down].T)
-        ups.append(tensors[up].T)
-    a, b = (jnp.asarray(np.stack(x) if place.stacked else x[0]) for x in (downs, ups))
-    return LoraArray(
-        leaf,
-        a,
-        b,
-        scaling=alpha / (math.sqrt(rank) if settings["use_rslora"] else rank),
-        axes=("stack", "in", "out") if place.stacked else ("in", "out"),
-        dropout=settings["lora_dropout"],
-    )
-
-
-def _rank_and_alpha(
-    folder: pathlib.Path, settings: Mapping[str, Any], path: str, place: Place
-) -> tuple[int, float]:
-    pairs = {
-        (
-            pattern_value(settings["rank_pattern"], module, settings["r"]),
-            pattern_value(settings["alpha_pattern"], module, settings["lora_alpha"]),
-        )
-        for module in place.modules
-    }
-    if len(pairs) > 1:
-        raise NotImplementedError(
-            f"{folder} gives the layers of {path!r} different (rank, alpha): {sorted(pairs)}. They "
-            "are stacked in one leaf here, so they have to agree."
-        )
-    return pairs.pop()
-
-
-def _lora_config(
-    folder: pathlib.Path,
-    settings: Mapping[str, Any],
-    filled: Mapping[str, Any],
-    leaves: Mapping[str, Any],
-    places: Mapping[str, Place],
-) -> LoraConfig:
-    """The config whose `init` would give the same leaves."""
-    adapted = [path for path, leaf in filled.items() if isinstance(leaf, LoraArray)]
-    pairs = {path: _rank_and_alpha(folder, settings, path, places[path]) for path in adapted}
-    weights = [path for path in leaves if path.rpartition("/")[2] not in ("bias", "scale")]
-
-    def differing(index: int, usual: Any) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
-        for value in dict.fromkeys(pair[index] for pair in pairs.values()):
-            if value != usual:
-                same = [path for path in pairs if pairs[path][index] == value]
-                found |= dict.fromkeys(_patterns(same, pairs), value)
-        return found
-
-    return LoraConfig(
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
-        targets=_patterns(adapted, weights),
-        rank_pattern=differing(0, settings["r"]),
-        alpha_pattern=differing(1, settings["lora_alpha"]),
-        dropout=settings["lora_dropout"],
-        rank_stabilized=settings["use_rslora"],
-        train=_patterns([path for path in filled if path not in adapted], leaves),
-    )
-
-
-def _patterns(wanted: Sequence[str], paths: Iterable[str]) -> tuple[str, ...]:
-    """For each wanted path its module's name, or the whole path where others share that name."""
-    others = [path for path in paths if path not in wanted]
-
-    def pattern(path: str) -> str:
-        segment = path.split("/")[-2]
-        return path if any(tree.matches(segment, other) for other in others) else segment
-
-    return tuple(dict.fromkeys(pattern(path) for path in wanted))
-
-
-def _check_shape(
-    folder: pathlib.Path, name: str, array: np.ndarray, shape: tuple[int, ...]
-) -> None:
-    if array.shape != tuple(shape):
-        raise ValueError(
-            f"{folder / WEIGHTS}: {name} has shape {list(array.shape)}, expected {list(shape)} "
-            "from the base model's weight and the rank in the config."
-        )

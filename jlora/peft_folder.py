@@ -21,10 +21,11 @@ _PREFIX = "base_model.model."
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "use_dora", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "layers_pattern", "loftq_config", "eva_config", "corda_config",
+    "inference_mode", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size",
     "ensure_weight_tying",
 }  # fmt: skip
@@ -59,7 +60,8 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
             f"{file} asks for what jlora does not read: {', '.join(refused)}. Merge the adapter "
             "with PEFT (merge_and_unload), save that model and load it instead."
         )
-    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+    defaults |= {"use_rslora": False, "use_dora": False}
     settings = defaults | settings
     for name in ("rank_pattern", "alpha_pattern"):
         settings[name] = settings.get(name) or {}
@@ -80,6 +82,9 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
     for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
         if not isinstance(alpha, int | float) or not alpha > 0:
             refuse("alpha_pattern" if settings["alpha_pattern"] else "lora_alpha", "above 0")
+    layers = settings.get("layers_to_transform")
+    if not all(type(x) is int for x in (layers if isinstance(layers, list) else [layers or 0])):
+        refuse("layers_to_transform", "a layer's number or a list of them")
     dropout = settings["lora_dropout"]
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         refuse("lora_dropout", "at least 0 and below 1")

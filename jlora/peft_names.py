@@ -62,6 +62,11 @@ class Place:
             return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
+    def adapter_names(self, module: str, *, dora: bool) -> tuple[str, ...]:
+        """What PEFT calls all tensors of an adapter on a module."""
+        magnitude = (f"{module}.lora_magnitude_vector",) if dora else ()
+        return (*self.factor_names(module), *magnitude)
+
 
 def find_places(leaves: Mapping[str, Any]) -> dict[str, Place]:
     """The leaves that a Hugging Face model has, and where."""
@@ -89,7 +94,22 @@ def is_targeted(module: str, place: Place, settings: Mapping[str, Any]) -> bool:
         return False
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return place.kind == "kernel" and module != HEAD
-    return _is_named(module, targets)
+    if not isinstance(targets, str) and module in targets:
+        return True  # a full name counts whatever the layers
+    return _is_named(module, targets) and _is_in_layers(module, settings)
+
+
+def _is_in_layers(module: str, settings: Mapping[str, Any]) -> bool:
+    """PEFT's rule for `layers_to_transform`: the first number after a segment of the name."""
+    layers = settings.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    given = settings.get("layers_pattern") or ()
+    patterns = [given] if isinstance(given, str) else given
+    regexes = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in patterns]
+    found = (re.match(regex, module) for regex in regexes or [r".*?\.[^.]*\.(\d+)\."])
+    match = next(filter(None, found), None)
+    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _is_named(module: str, names: str | Sequence[str] | None) -> bool:

@@ -53,7 +53,12 @@ def adapted(model, base, config, seed=2):
     def draw(path, leaf, weight):
         if isinstance(leaf, jlora.LoraArray):
             a, b = (jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for x in (leaf.a, leaf.b))
-            return dataclasses.replace(leaf, w=weight, a=a, b=b)
+            static = dict(scaling=leaf.scaling, axes=leaf.axes, dropout=leaf.dropout)
+            leaf = type(leaf).start(weight, a, b, **static)
+            if config.variant == "dora":
+                change = jnp.asarray(rng.normal(1, 0.2, leaf.magnitude.shape), jnp.float32)
+                leaf = dataclasses.replace(leaf, magnitude=leaf.magnitude * change)
+            return leaf
         whole = any(jlora.tree.matches(pattern, path) for pattern in config.train)
         return weight * 1.1 + 0.05 if whole else weight
 
@@ -103,6 +108,21 @@ CONFIGS = {
         {"tie_embeddings": True},
     ),
     "embedding": (jlora.LoraConfig(rank=4, alpha=8, targets=("embed_tokens", "q_proj")), {}),
+    "dora": (
+        jlora.LoraConfig(
+            rank=4,
+            alpha=6,
+            exclude=("lm_head",),
+            rank_pattern={"v_proj": 3},
+            rank_stabilized=True,
+            variant="dora",
+        ),
+        {"qkv_bias": True, "family": "qwen2"},
+    ),
+    "dora embedding": (
+        jlora.LoraConfig(rank=4, alpha=8, targets=("embed_tokens", "q_proj"), variant="dora"),
+        {},
+    ),
     "norms whole": (
         jlora.LoraConfig(
             rank=4,
@@ -158,8 +178,11 @@ def test_peft_computes_the_same_logits(case, tmp_path):
     assert difference > 1e-2  # or the adapter would prove nothing
 
 
-def test_merging_equals_merging_in_peft(tmp_path):
-    config = jlora.LoraConfig(rank=4, alpha=8, exclude=("lm_head",), rank_pattern={"k_proj": 2})
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_merging_equals_merging_in_peft(variant, tmp_path):
+    config = jlora.LoraConfig(
+        rank=4, alpha=8, exclude=("lm_head",), rank_pattern={"k_proj": 2}, variant=variant
+    )
     model, base = tiny()
     params = adapted(model, base, config)
     _, reference = torch_model(tmp_path / "base", model, base)
@@ -195,6 +218,26 @@ PEFT_CONFIGS = {
         target_modules=["q_proj"],
         modules_to_save=["lm_head", "norm", "embed_tokens"],
     ),
+    "dora": dict(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True),
+    "dora, rank stabilised": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["embed_tokens", "k_proj", "down_proj"],
+        rank_pattern={"k_proj": 2},
+        use_dora=True,
+        use_rslora=True,
+    ),
+    "some layers": dict(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2]
+    ),
+    "one layer by its pattern": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        layers_to_transform=1,
+        layers_pattern="layers",
+    ),
+    "layers by a regex": dict(r=4, target_modules=r".*layers\.[12]\..*\.(k|up)_proj"),
     "gaussian": dict(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=["up_proj"]),
 }
 
@@ -321,11 +364,11 @@ def write_tensors(folder, tensors):
     [
         ({"peft_type": "LOHA"}, NotImplementedError, "peft_type is 'LOHA'"),
         ({"peft_type": None}, ValueError, "no 'peft_type'"),
-        ({"use_dora": True}, NotImplementedError, "use_dora=True"),
+        ({"use_dora": True}, ValueError, "Missing.*q_proj.lora_magnitude_vector"),
+        ({"layers_to_transform": "0"}, ValueError, "layers_to_transform must be a layer's number"),
         ({"lora_bias": True}, NotImplementedError, "lora_bias=True"),
         ({"bias": "all"}, NotImplementedError, "bias='all'"),
         ({"trainable_token_indices": [1]}, NotImplementedError, "trainable_token_indices"),
-        ({"layers_to_transform": [0]}, NotImplementedError, "layers_to_transform"),
         ({"init_lora_weights": "pissa"}, NotImplementedError, "pissa.*base model"),
         ({"of_tomorrow": 3}, NotImplementedError, "of_tomorrow=3"),
         ({"r": 0}, ValueError, "r must be whole and at least 1, got 0"),
@@ -378,6 +421,12 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     peft.load(folder, base)
     last = {name: x for name, x in tensors.items() if "layers.2" not in name}
     write_settings(folder, target_modules=r".*layers\.[01]\..*q_proj")
+    write_tensors(folder, last)
+    leaf = peft.load(folder, base)[0]["layers"]["self_attn"]["q_proj"]["kernel"]
+    assert leaf.a[:2].all(axis=(1, 2)).all()
+    assert not leaf.a[2].any()
+    assert not leaf.b[2].any()
+    write_settings(folder, use_dora=True)  # a length would train where PEFT has none
     refused(last, "only in model.layers.0.*stacked", NotImplementedError)
 
 

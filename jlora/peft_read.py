@@ -1,0 +1,263 @@
+"""What the tensors of a PEFT folder are in a tree: each has one use, and each target is filled."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import tree
+from jlora.dora import DoraArray
+from jlora.leaf import is_array_leaf
+from jlora.lora import LoraArray, LoraConfig
+from jlora.peft_folder import CONFIG, WEIGHTS, listed
+from jlora.peft_names import HEAD, Place, is_saved, is_targeted, is_tied, pattern_value
+
+__all__ = ["check_shape", "dense", "match", "read_adapter", "read_config"]
+
+
+def dense(leaf: Any) -> Any:
+    """The array that a leaf stands for."""
+    return leaf.materialise() if is_array_leaf(leaf) else leaf
+
+
+def match(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+) -> tuple[list[str], list[str]]:
+    """The paths that get factors and those replaced whole, where every tensor has a use."""
+    adapted, whole = [], []
+    expected: set[str] = set()
+    spare: set[str] = set()  # copies of base weights, which PEFT stores beside adapted embeddings
+    for path, place in places.items():
+        saved = [module for module in place.modules if is_saved(module, settings)]
+        if saved:
+            _check_cover(folder, path, place, saved)
+            whole.append(path)
+            expected.update(f"{module}.{place.parameter}" for module in place.modules)
+            continue
+        if _takes_factors(folder, path, place, settings, tensors):
+            adapted.append(path)
+            dora = settings["use_dora"]
+            for module in _covered(place, settings, tensors):
+                expected.update(place.adapter_names(module, dora=dora))
+        for module in place.modules:
+            names = {f"{module}.{place.parameter}", f"{module}.base_layer.{place.parameter}"}
+            for name in names & set(tensors):
+                _check_copy(folder, name, tensors, leaves[path], place, module)
+                spare.add(name)
+    if is_tied(places):
+        spare |= _check_tied(folder, settings, tensors, leaves, places, adapted, whole)
+    missing, unused = expected - set(tensors), set(tensors) - expected - spare
+    if missing or unused:
+        raise ValueError(
+            f"{folder / WEIGHTS} does not fit {CONFIG} and the model. Missing from the file: "
+            f"{listed(sorted(missing))}. Without a place in the model: {listed(sorted(unused))}."
+        )
+    if not adapted:
+        raise ValueError(f"{folder} holds no factors for any weight of this model.")
+    return adapted, whole
+
+
+def _takes_factors(
+    folder: pathlib.Path,
+    path: str,
+    place: Place,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> bool:
+    """Whether the file or the config has an adapter for a leaf; DoRA must cover all of it."""
+    if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
+        return False
+    covered = _covered(place, settings, tensors)
+    if covered and settings["use_dora"]:
+        _check_cover(folder, path, place, covered)
+    return bool(covered)
+
+
+def _covered(
+    place: Place, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+    """The modules of a leaf that the file or the config has an adapter for."""
+    return [
+        module
+        for module in place.modules
+        if not set(place.factor_names(module)).isdisjoint(tensors)
+        or is_targeted(module, place, settings)
+    ]
+
+
+def _check_cover(folder: pathlib.Path, path: str, place: Place, covered: Sequence[str]) -> None:
+    if len(covered) < len(place.modules):
+        raise NotImplementedError(
+            f"{folder} changes {path!r} only in {listed(covered)}. Its layers are stacked in one "
+            f"leaf here, so an adapter has to cover all {len(place.modules)} of them."
+        )
+
+
+def _check_copy(
+    folder: pathlib.Path,
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    leaf: Any,
+    place: Place,
+    module: str,
+) -> None:
+    """Refuses a base weight in the file that is not the base's, up to bfloat16 rounding."""
+    check_shape(folder, name, tensors[name], place.shape(leaf.shape))
+    base = place.tensors(np.asarray(jnp.asarray(dense(leaf), jnp.bfloat16)))
+    if not np.array_equal(base[f"{module}.{place.parameter}"], tensors[name].astype(jnp.bfloat16)):
+        raise ValueError(
+            f"{folder / WEIGHTS} holds {name}, which differs from the base model's and is not in "
+            "modules_to_save: the adapter was made for another base model."
+        )
+
+
+def _check_tied(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+    adapted: Sequence[str],
+    whole: Sequence[str],
+) -> set[str]:
+    """The tensors of a tied model's head, which have to be the embedding's."""
+    path, table = next((p, place) for p, place in places.items() if place.kind == "embedding")
+    heads = {f"{HEAD}.weight", f"{HEAD}.base_layer.weight"} & set(tensors)
+    apart = path in adapted or any(name.startswith(f"{HEAD}.lora_") for name in tensors)
+    if path in whole:
+        embedding = tensors.get(f"{table.modules[0]}.weight")
+        same = embedding is not None and all(
+            np.array_equal(tensors[name], embedding) for name in heads
+        )
+        apart |= not same or not (heads or settings.get("ensure_weight_tying"))
+    elif not apart:
+        for name in heads:
+            _check_copy(folder, name, tensors, leaves[path], table, table.modules[0])
+    if apart:
+        raise NotImplementedError(
+            f"{folder} changes the embedding and the head apart from each other, but in this model "
+            "they are one leaf. Merge it with PEFT into a model with tie_word_embeddings=false and "
+            "load that."
+        )
+    return heads
+
+
+def read_adapter(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    path: str,
+    leaf: Any,
+    place: Place,
+) -> LoraArray:
+    """The adapter of a leaf, from the tensors of all its modules."""
+    rank, alpha = _rank_and_alpha(folder, settings, path, place)
+    d_in, d_out = leaf.shape[-2:]
+    downs, ups, lengths = [], [], []
+    for module in place.modules:
+        down, up, magnitude = place.adapter_names(module, dora=True)
+        if down not in tensors:
+            # Not adapted. Where both factors are zero, so are their gradients: it stays that way.
+            downs.append(np.zeros((d_in, rank), np.float32))
+            ups.append(np.zeros((rank, d_out), np.float32))
+            continue
+        check_shape(folder, down, tensors[down], (rank, d_in))
+        check_shape(folder, up, tensors[up], (d_out, rank))
+        downs.append(tensors[down].T)
+        ups.append(tensors[up].T)
+        if settings["use_dora"]:
+            check_shape(folder, magnitude, tensors[magnitude], (d_out,))
+            lengths.append(tensors[magnitude])
+    a, b = (jnp.asarray(np.stack(x) if place.stacked else x[0]) for x in (downs, ups))
+    kind = DoraArray if settings["use_dora"] else LoraArray
+    adapter = kind.start(
+        leaf,
+        a,
+        b,
+        scaling=alpha / (math.sqrt(rank) if settings["use_rslora"] else rank),
+        axes=("stack", "in", "out") if place.stacked else ("in", "out"),
+        dropout=settings["lora_dropout"],
+    )
+    if not lengths:
+        return adapter
+    magnitude = jnp.asarray(np.stack(lengths) if place.stacked else lengths[0])
+    return dataclasses.replace(adapter, magnitude=magnitude)  # pyright: ignore[reportCallIssue]
+
+
+def _rank_and_alpha(
+    folder: pathlib.Path, settings: Mapping[str, Any], path: str, place: Place
+) -> tuple[int, float]:
+    pairs = {
+        (
+            pattern_value(settings["rank_pattern"], module, settings["r"]),
+            pattern_value(settings["alpha_pattern"], module, settings["lora_alpha"]),
+        )
+        for module in place.modules
+    }
+    if len(pairs) > 1:
+        raise NotImplementedError(
+            f"{folder} gives the layers of {path!r} different (rank, alpha): {sorted(pairs)}. They "
+            "are stacked in one leaf here, so they have to agree."
+        )
+    return pairs.pop()
+
+
+def read_config(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    filled: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+) -> LoraConfig:
+    """The config whose `init` would give the same leaves."""
+    adapted = [path for path, leaf in filled.items() if isinstance(leaf, LoraArray)]
+    pairs = {path: _rank_and_alpha(folder, settings, path, places[path]) for path in adapted}
+    weights = [path for path in leaves if path.rpartition("/")[2] not in ("bias", "scale")]
+
+    def differing(index: int, usual: Any) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for value in dict.fromkeys(pair[index] for pair in pairs.values()):
+            if value != usual:
+                same = [path for path in pairs if pairs[path][index] == value]
+                found |= dict.fromkeys(_patterns(same, pairs), value)
+        return found
+
+    return LoraConfig(
+        rank=settings["r"],
+        alpha=settings["lora_alpha"],
+        targets=_patterns(adapted, weights),
+        rank_pattern=differing(0, settings["r"]),
+        alpha_pattern=differing(1, settings["lora_alpha"]),
+        dropout=settings["lora_dropout"],
+        rank_stabilized=settings["use_rslora"],
+        variant="dora" if settings["use_dora"] else "lora",
+        train=_patterns([path for path in filled if path not in adapted], leaves),
+    )
+
+
+def _patterns(wanted: Sequence[str], paths: Iterable[str]) -> tuple[str, ...]:
+    """For each wanted path its module's name, or the whole path where others share that name."""
+    others = [path for path in paths if path not in wanted]
+
+    def pattern(path: str) -> str:
+        segment = path.split("/")[-2]
+        return path if any(tree.matches(segment, other) for other in others) else segment
+
+    return tuple(dict.fromkeys(pattern(path) for path in wanted))
+
+
+def check_shape(folder: pathlib.Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor of another shape."""
+    if array.shape != tuple(shape):
+        raise ValueError(
+            f"{folder / WEIGHTS}: {name} has shape {list(array.shape)}, expected {list(shape)} "
+            "from the base model's weight and the rank in the config."
+        )
