@@ -6,6 +6,7 @@ Hugging Face model, from the table in `models/hf.py`. Adapters are written in fl
 """
 
 import collections
+import dataclasses
 import math
 import os
 import pathlib
@@ -45,6 +46,7 @@ def save(
     *,
     base_model: str = "",
     base_license: str = "",
+    serve: bool = False,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads on the same base model.
 
@@ -58,11 +60,13 @@ def save(
       config: the config it was made with.
       base_model: name or folder of the base model, noted in the config and the model card.
       base_license: the base model's license, e.g. "apache-2.0", noted in the model card.
+      serve: write what vLLM takes: one rank and one alpha for all weights, with every scaling
+        inside `lora_B` and zeros up to the largest rank.
 
     Raises:
       ValueError: if `params` has no adapters, is only one half of a split, or started from a
         changed base (`config.init`): convert it with `jlora.variants.to_plain_lora` first.
-      NotImplementedError: if PEFT has no way to say what a leaf does.
+      NotImplementedError: if PEFT, or vLLM with `serve`, has no way to say what a leaf does.
     """
     if config.init != "default":
         raise ValueError(
@@ -83,6 +87,8 @@ def save(
     names = leaves_by_path(labels(params, config))
     trained = [path for path, name in names.items() if isinstance(name, str) and name == "full"]
     _check_expressible(adapters, trained, places)
+    if serve:
+        adapters, config = _for_serving(adapters, trained, config)
     tensors = {}
     for path, leaf in adapters.items():
         tensors |= _factor_tensors(leaf, places[path])
@@ -133,6 +139,34 @@ def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfi
         lambda path, leaf: filled.get(path, leaf), params, is_leaf=is_array_leaf
     )
     return params, read_config(folder, settings, filled, leaves, places)
+
+
+def _for_serving(
+    adapters: Mapping[str, LoraArray], trained: Sequence[str], config: LoraConfig
+) -> tuple[dict[str, LoraArray], LoraConfig]:
+    """The same updates with one rank and a scaling of 1, and the config that says so."""
+    advice = "Merge the adapter with jlora.merge_params, save the whole model and serve that."
+    if trained:
+        raise NotImplementedError(
+            f"vLLM takes no weight trained whole beside an adapter, as {trained[0]!r} is. {advice}"
+        )
+    rank = max(leaf.rank for leaf in adapters.values())
+
+    def fold(path: str, leaf: LoraArray) -> LoraArray:
+        if isinstance(leaf, DoraArray):
+            raise NotImplementedError(f"vLLM takes no DoRA adapter, as {path!r} is one. {advice}")
+        more = rank - leaf.rank
+        axis = leaf.axes.count("stack")
+        a = jnp.pad(leaf.a, [(0, 0)] * (leaf.a.ndim - 1) + [(0, more)])
+        b = leaf.scaling * leaf.b.astype(jnp.float32)
+        b = jnp.pad(b, [(0, more if place == axis else 0) for place in range(b.ndim)])
+        return dataclasses.replace(leaf, a=a, b=b, scaling=1.0)
+
+    plain = {"rank_pattern": (), "alpha_pattern": (), "rank_stabilized": False}
+    return (
+        {path: fold(path, leaf) for path, leaf in adapters.items()},
+        dataclasses.replace(config, rank=rank, alpha=float(rank), **plain),
+    )
 
 
 def _check_expressible(

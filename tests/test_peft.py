@@ -63,8 +63,11 @@ def adapted(model, base, config, seed=2):
         return weight * 1.1 + 0.05 if whole else weight
 
     shapes = jax.eval_shape(init, jax.random.key(0), base)
-    is_lora = lambda leaf: isinstance(leaf, jlora.LoraArray)  # noqa: E731
     return jlora.tree.map_with_path(draw, shapes, base, is_leaf=is_lora)
+
+
+def is_lora(leaf):
+    return isinstance(leaf, jlora.LoraArray)
 
 
 def assert_same(left, right):
@@ -256,6 +259,43 @@ def test_what_peft_writes_loads_and_computes_the_same(name, tmp_path):
     assert jax.tree.structure(again) == jax.tree.structure(params)
     peft.save(tmp_path / "again", params, config)
     assert_same(peft.load(tmp_path / "again", base)[0], params)
+
+
+VLLM_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+
+
+@pytest.mark.parametrize("name", ["patterns", "rank stabilised", "embedding", "all linear"])
+def test_what_is_saved_to_serve_has_one_rank_and_computes_the_same(name, tmp_path):
+    config, overrides = CONFIGS[name]
+    model, base = tiny(**overrides)
+    params = adapted(model, base, config)
+    peft.save(tmp_path, params, config, serve=True)
+    settings = settings_of(tmp_path)
+    largest = max(leaf.rank for leaf in jax.tree.leaves(params, is_leaf=is_lora) if is_lora(leaf))
+    assert settings["r"] == settings["lora_alpha"] == largest
+    assert settings["rank_pattern"] == settings["alpha_pattern"] == {}
+    assert not settings["use_rslora"]
+    assert not settings["use_dora"]
+    assert settings["modules_to_save"] is None
+    tensors = tensors_of(tmp_path)
+    assert all(name.endswith(VLLM_KEYS) for name in tensors)
+    assert {min(x.shape) for x in tensors.values()} == {largest}
+    loaded, _ = peft.load(tmp_path, base)
+    np.testing.assert_allclose(
+        apply(model)(loaded, TOKENS), apply(model)(params, TOKENS), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("dora", "no DoRA.*jlora.merge_params"), ("norms whole", "trained whole.*jlora.merge_params")],
+)
+def test_what_vllm_does_not_take_is_not_saved_to_serve(name, message, tmp_path):
+    config, overrides = CONFIGS[name]
+    model, base = tiny(**overrides)
+    with pytest.raises(NotImplementedError, match=message):
+        peft.save(tmp_path / "x", adapted(model, base, config), config, serve=True)
+    assert not (tmp_path / "x").exists()
 
 
 def test_bfloat16_and_float16_adapters_load_exactly(tmp_path):

@@ -19,8 +19,8 @@ ORDER = [
     "models.bnb", "models.hf_config", "models.hf", "models.gguf_tokenizer", "models.gguf",
     "models.packed_cache", "models.hub", "models",
     "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
-    "docstrings", "train", "objective", "generate", "bench", "plan", "base", "config", "report", "process",
-    "run", "saved", "cli",
+    "docstrings", "train", "objective", "generate", "bench", "plan", "base", "config", "report",
+    "process", "run", "saved", "cli",
 ]
 # fmt: on
 
