@@ -94,10 +94,16 @@ def save(
         tensors |= _factor_tensors(leaf, places[path])
     if not tensors:
         raise ValueError("All factors of all adapters are zero: there is nothing to save.")
-    whole = _whole_tensors(trained, leaves, places)
+    bias, biases = _biases(trained, tensors, places)
+    modules = [path for path in trained if path not in biases]
+    _check_modules(modules, adapters, places)
+    whole = _whole_tensors(modules, leaves, places)
     saved = {name.rpartition(".")[0] for name in whole}
     settings = _settings(adapters, tensors, places, config, saved)
     settings["use_dora"] = any(isinstance(leaf, DoraArray) for leaf in adapters.values())
+    settings["bias"] = bias
+    for path in biases:
+        whole |= _bias_tensors(leaves[path], places[path], tensors)
     settings["base_model_name_or_path"] = base_model or None
     write(pathlib.Path(directory), settings, tensors | whole, base_license)
 
@@ -116,11 +122,13 @@ def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfi
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: if a file is broken, or tensors are missing, left over or of a wrong shape.
-      NotImplementedError: if the adapter is more than plain LoRA and modules trained whole.
+      NotImplementedError: if the adapter is more than LoRA or DoRA and modules trained whole.
     """
     folder = pathlib.Path(directory)
     settings = read_settings(folder / CONFIG)
     tensors = read_tensors(folder)
+    if settings["bias"] != "none":
+        tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraArray):
@@ -196,14 +204,51 @@ def _check_expressible(
             "Some adapters are DoRA and some are not; PEFT's use_dora is for all of a folder. "
             "Merge with jlora.merge_params and save the whole model."
         )
+
+
+def _check_modules(
+    trained: Sequence[str], adapters: Mapping[str, LoraArray], places: Mapping[str, Place]
+) -> None:
     adapted = {module: path for path in adapters for module in places[path].modules}
     for path in trained:
-        if other := adapted.get(places[path].modules[0]):
+        if other := next((adapted[m] for m in places[path].modules if m in adapted), None):
             raise NotImplementedError(
                 f"{path!r} is trained whole and {other!r} beside it has an adapter; PEFT saves a "
                 "module whole or adapts it, not both. Merge with jlora.merge_params and save the "
                 "whole model, or leave one of the two out."
             )
+
+
+def _biases(
+    trained: Sequence[str], tensors: Mapping[str, np.ndarray], places: Mapping[str, Place]
+) -> tuple[str, list[str]]:
+    """PEFT's `bias`, and the leaves that it names: all biases, or all of adapted modules."""
+    every = [path for path, place in places.items() if place.parameter == "bias"]
+    adapted = {name.rpartition(".lora_")[0] for name in tensors}
+    beside = [path for path in every if adapted.issuperset(places[path].modules)]
+    chosen = [path for path in every if path in trained]
+    if not set(chosen) & set(beside):
+        return "none", []  # a module without an adapter is saved whole
+    for mode, paths in (("all", every), ("lora_only", beside)):
+        if chosen == paths:
+            return mode, chosen
+    raise NotImplementedError(
+        f"Of the biases {chosen} train; PEFT trains none, all ({every}) or those of adapted "
+        f"modules ({beside}). Train one of these sets, or merge with jlora.merge_params and save "
+        "the whole model."
+    )
+
+
+def _bias_tensors(
+    leaf: Any, place: Place, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    array = np.asarray(dense(leaf).astype(jnp.float32))
+    named = {}
+    for name, bias in place.tensors(array).items():
+        module = name.removesuffix(".bias")
+        wrapped = f"{module}.lora_A.weight" in tensors
+        named[f"{module}.base_layer.bias" if wrapped else name] = np.ascontiguousarray(bias)
+    return named
 
 
 def _factor_tensors(leaf: LoraArray, place: Place) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ _PREFIX = "base_model.model."
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "use_dora", "layers_to_transform", "layers_pattern",
+    "use_dora", "layers_to_transform", "layers_pattern", "bias",
 }  # fmt: skip
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -32,7 +32,7 @@ _HARMLESS = {
 
 
 def read_settings(file: pathlib.Path) -> dict[str, Any]:
-    """adapter_config.json with PEFT's defaults filled in; refuses what is not plain LoRA."""
+    """adapter_config.json with PEFT's defaults filled in; refuses what is not read here."""
     if not file.is_file():
         nested = sorted(str(found.parent) for found in file.parent.glob(f"*/{CONFIG}"))
         hint = f" There is one in {', '.join(nested)}." if nested else ""
@@ -51,7 +51,7 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
     refused = [
         f"{name}={value!r}"
         for name, value in settings.items()
-        if name not in _READ | _HARMLESS and value and value != "none"
+        if name not in _READ | _HARMLESS and value
     ]
     if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
         refused.append(f"init_lora_weights={init!r} (it changes the base model's weights)")
@@ -61,7 +61,7 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
             "with PEFT (merge_and_unload), save that model and load it instead."
         )
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
-    defaults |= {"use_rslora": False, "use_dora": False}
+    defaults |= {"use_rslora": False, "use_dora": False, "bias": "none"}
     settings = defaults | settings
     for name in ("rank_pattern", "alpha_pattern"):
         settings[name] = settings.get(name) or {}
@@ -85,6 +85,8 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
     layers = settings.get("layers_to_transform")
     if not all(type(x) is int for x in (layers if isinstance(layers, list) else [layers or 0])):
         refuse("layers_to_transform", "a layer's number or a list of them")
+    if settings["bias"] not in ("none", "all", "lora_only"):
+        refuse("bias", "'none', 'all' or 'lora_only'")
     dropout = settings["lora_dropout"]
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         refuse("lora_dropout", "at least 0 and below 1")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,9 +34,14 @@ def match(
     """The paths that get factors and those replaced whole, where every tensor has a use."""
     adapted, whole = [], []
     expected: set[str] = set()
+    targeted = {module for p in places.values() for module in _covered(p, settings, tensors)}
     spare: set[str] = set()  # copies of base weights, which PEFT stores beside adapted embeddings
     for path, place in places.items():
-        saved = [module for module in place.modules if is_saved(module, settings)]
+        saved = [
+            module
+            for module in place.modules
+            if is_saved(module, settings) or _trains_bias(module, place, settings, targeted)
+        ]
         if saved:
             _check_cover(folder, path, place, saved)
             whole.append(path)
@@ -73,18 +78,27 @@ def _takes_factors(
     tensors: Mapping[str, np.ndarray],
 ) -> bool:
     """Whether the file or the config has an adapter for a leaf; DoRA must cover all of it."""
-    if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
-        return False
     covered = _covered(place, settings, tensors)
     if covered and settings["use_dora"]:
         _check_cover(folder, path, place, covered)
     return bool(covered)
 
 
+def _trains_bias(
+    module: str, place: Place, settings: Mapping[str, Any], targeted: Collection[str]
+) -> bool:
+    """PEFT's rule for `bias`: all of the model's, or those of adapted modules."""
+    if place.parameter != "bias" or settings["bias"] == "none":
+        return False
+    return settings["bias"] == "all" or module in targeted
+
+
 def _covered(
     place: Place, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> list[str]:
     """The modules of a leaf that the file or the config has an adapter for."""
+    if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
+        return []
     return [
         module
         for module in place.modules

@@ -122,6 +122,16 @@ CONFIGS = {
         ),
         {"qkv_bias": True, "family": "qwen2"},
     ),
+    "biases of adapted modules": (
+        jlora.LoraConfig(
+            rank=4, alpha=8, targets=("q_proj", "up_proj"), train=("layers/self_attn/q_proj/bias",)
+        ),
+        {"qkv_bias": True, "family": "qwen2"},
+    ),
+    "all biases": (
+        jlora.LoraConfig(rank=4, alpha=8, targets=("q_proj", "up_proj"), train=("*/bias",)),
+        {"qkv_bias": True, "family": "qwen2"},
+    ),
     "dora embedding": (
         jlora.LoraConfig(rank=4, alpha=8, targets=("embed_tokens", "q_proj"), variant="dora"),
         {},
@@ -243,6 +253,25 @@ PEFT_CONFIGS = {
     "layers by a regex": dict(r=4, target_modules=r".*layers\.[12]\..*\.(k|up)_proj"),
     "gaussian": dict(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=["up_proj"]),
 }
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trained_load_and_are_written_again(bias, tmp_path):
+    model, base = tiny(qkv_bias=True, family="qwen2")
+    torch, reference = torch_model(tmp_path / "base", model, base)
+    options = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], bias=bias)
+    reference = wrap_in_peft(torch, reference, **options)
+    reference.save_pretrained(tmp_path / "adapter")
+    params, config = peft.load(tmp_path / "adapter", base)
+    assert len(config.train) == (3 if bias == "all" else 2)
+    got = apply(model)(params, TOKENS)
+    np.testing.assert_allclose(got, logits_of(torch, reference), rtol=1e-4, atol=1e-4)
+    peft.save(tmp_path / "again", params, config)
+    assert settings_of(tmp_path / "again")["bias"] == bias
+    assert set(tensors_of(tmp_path / "again")) == set(tensors_of(tmp_path / "adapter"))
+    one = dataclasses.replace(config, train=("*/q_proj/bias",))
+    with pytest.raises(NotImplementedError, match=r"none, all .* or those of adapted"):
+        peft.save(tmp_path / "third", params, one)
 
 
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
@@ -407,7 +436,7 @@ def write_tensors(folder, tensors):
         ({"use_dora": True}, ValueError, "Missing.*q_proj.lora_magnitude_vector"),
         ({"layers_to_transform": "0"}, ValueError, "layers_to_transform must be a layer's number"),
         ({"lora_bias": True}, NotImplementedError, "lora_bias=True"),
-        ({"bias": "all"}, NotImplementedError, "bias='all'"),
+        ({"bias": "some"}, ValueError, "bias must be 'none', 'all' or 'lora_only'"),
         ({"trainable_token_indices": [1]}, NotImplementedError, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, NotImplementedError, "pissa.*base model"),
         ({"of_tomorrow": 3}, NotImplementedError, "of_tomorrow=3"),
@@ -501,8 +530,8 @@ def test_what_peft_cannot_say_is_refused_by_name(tmp_path):
         assert not any(tmp_path.iterdir())
 
     refused(jlora.LoraConfig(rank=4, targets=("embed_tokens",)), "'embed_tokens/embedding'.*tied")
-    beside = jlora.LoraConfig(rank=4, targets=("q_proj",), train=("layers/*/q_proj/bias",))
-    refused(beside, "q_proj/bias' is trained whole and 'layers/self_attn/q_proj/kernel' beside")
+    one = jlora.LoraConfig(rank=4, targets=("q_proj", "v_proj"), train=("layers/*/q_proj/bias",))
+    refused(one, "q_proj/bias'. train; PEFT trains none, all .* or those of adapted modules")
     q = jlora.LoraConfig(rank=4, targets=("q_proj",))
     trainable, _ = jlora.split(adapted(model, base, q), q)
     refused(q, "one half of a split", trainable, ValueError)
