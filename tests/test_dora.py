@@ -283,6 +283,17 @@ def test_joined_with_plain_weights_and_plain_adapters():
             assert_close(got, fn(jlora.merge_params(params), x), rtol=1e-5)
 
 
+def test_experts_on_sorted_rows():
+    w = jax.random.normal(jax.random.key(0), (LAYERS, 8, 6))
+    x, sizes = jax.random.normal(jax.random.key(1), (10, 8)), jnp.array([4, 0, 6])
+    config = dataclasses.replace(DORA, axes={"w": ("stack", "in", "out")})
+    params = train(jlora.init(jax.random.key(2), {"w": w}, config))
+    fn = lambda params, x: jax.lax.ragged_dot(x, params["w"], sizes)  # noqa: E731
+    got = grad_of(jlora.adapt(fn, on_unsupported="error"), params, config, x)
+    wanted = grad_of(lambda p, x: fn(jlora.merge_params(p), x), params, config, x)
+    assert_close(got, wanted, rtol=1e-5)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="variant must be one of"):
         jlora.init(
