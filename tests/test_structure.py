@@ -15,8 +15,9 @@ ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "lora_config", "targets",
     "nf4", "packed", "quant", "lora", "summary",
     "variants", "optim", "sharding",
-    "models.attention", "models.rotary", "models.remat", "models.decoder", "models.hf_config",
-    "models.hf", "models.gguf_tokenizer", "models.gguf", "models.hub", "models",
+    "models.attention", "models.rotary", "models.remat", "models.decoder_config", "models.cache",
+    "models.layers", "models.moe", "models.decoder", "models.hf_families", "models.hf_rope",
+    "models.hf_config", "models.hf", "models.gguf_tokenizer", "models.gguf", "models.hub", "models",
     "peft_names", "peft_folder", "peft", "checkpoint", "chat", "packing", "data", "docstrings",
     "train", "objective", "generate", "bench", "plan", "base", "config", "report", "process",
     "run", "cli",
@@ -25,7 +26,7 @@ ORDER = [
 
 # Outside packages that have one home each, and where that is.
 HOMES = {
-    "flax": {"models.decoder", "models"},
+    "flax": {"models.layers", "models.moe", "models.decoder", "models"},
     "optax": {"optim", "train"},
     "orbax": {"checkpoint"},
     "safetensors": {"models.hf", "peft_folder"},

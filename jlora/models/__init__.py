@@ -13,7 +13,10 @@ from typing import Any
 __all__ = ["load", "resolve", "save", "tokenizer_files"]
 
 # Loaded on first use: flax, safetensors and gguf are not needed to name this package.
-_SUBMODULES = ("attention", "decoder", "gguf", "gguf_tokenizer", "hf", "hf_config", "hub")
+_SUBMODULES = (
+    "attention", "cache", "decoder", "decoder_config", "gguf", "gguf_tokenizer", "hf", "hf_config",
+    "hf_families", "hf_rope", "hub", "layers", "moe", "remat", "rotary",
+)  # fmt: skip
 
 
 def load(name_or_dir: str | os.PathLike[str], *, dtype: Any = None) -> tuple[Any, dict[str, Any]]:
