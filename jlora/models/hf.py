@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ import safetensors
 import safetensors.numpy
 
 from jlora.models import hf_config
-from jlora.models.decoder import DecoderConfig, param_shapes
+from jlora.models.decoder import param_shapes
+from jlora.models.decoder_config import DecoderConfig
 
 __all__ = ["hf_name", "is_transposed", "load", "save", "tokenizer_files"]
 
@@ -36,6 +37,11 @@ _TOKENIZER_FILES = (
 )
 _SHARD_BYTES = 5_000_000_000
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# How files call the parts of a mixture of experts: the block, and an expert's gate, up and down.
+_EXPERTS = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3"), "w2"),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+}
 _LISTED = 20  # tensors of one kind that a message names
 
 
@@ -55,6 +61,8 @@ def hf_name(path: str) -> str:
         modules[:1] = ["model", "layers", "{}"]
     elif modules[0] != "lm_head":
         modules[:0] = ["model"]
+    if "experts" in modules:  # those are parameters there, of three dimensions, not modules
+        return ".".join(modules)
     return ".".join([*modules, suffix])
 
 
@@ -94,10 +102,14 @@ def load(
             for name in handle.keys()  # noqa: SIM118 (no mapping)
         }
         shapes = _flatten(param_shapes(config))
-        _check_tensors(directory, tensors, shapes, tied=config.tie_embeddings)
-        flat = {
-            path: _stack([tensors[name] for name in _names(path, leaf.shape)], path, leaf, dtype)
+        stacked = any(name.endswith(".experts.gate_up_proj") for name in tensors)
+        parts = {
+            path: _parts(path, leaf.shape, config.family, stacked_experts=stacked)
             for path, leaf in shapes.items()
+        }
+        _check_tensors(directory, tensors, shapes, parts, tied=config.tie_embeddings)
+        flat = {
+            path: _stack(tensors, parts[path], path, leaf, dtype) for path, leaf in shapes.items()
         }
     return config, _unflatten(flat)
 
@@ -136,7 +148,7 @@ def save(
         for name, text in texts.items():
             (staging / name).write_bytes(text.encode())
         try:
-            _write_tensors(staging, flat)
+            _write_tensors(staging, flat, config.family)
         except safetensors.SafetensorError as error:
             raise OSError(f"Could not write tensors to {directory}: {error}") from error
 
@@ -201,24 +213,65 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _names(path: str, shape: Sequence[int]) -> list[str]:
-    """The tensors of one parameter, in the order of its layers."""
+_Index: TypeAlias = tuple[Any, ...]
+
+
+def _parts(
+    path: str, shape: Sequence[int], family: str, *, stacked_experts: bool = False
+) -> dict[str, _Index]:
+    """The tensors that a parameter is made of, and where in it each one goes.
+
+    Files of a mixture of experts have a tensor for each expert's gate, up and down projection;
+    `stacked_experts` stands for the newer layout, in which the experts of a layer are one tensor.
+    """
     template = hf_name(path)
-    return [template.format(i) for i in range(shape[0])] if "{}" in template else [template]
+    if "{}" not in template:
+        return {template: ()}
+    layers = range(shape[0])
+    if stacked_experts or family not in _EXPERTS or not path.startswith("layers/mlp/"):
+        return {template.format(layer): (layer,) for layer in layers}
+    block, halves, down = _EXPERTS[family]
+    template = template.replace(".mlp.", f".{block}.")
+    if "/experts/" not in path:
+        return {template.format(layer): (layer,) for layer in layers}
+    names = halves if "/gate_up_proj/" in path else (down,)
+    width = shape[-1] // len(names)
+    module = template.rpartition(".")[0]
+    return {
+        f"{module.format(layer)}.{expert}.{name}.weight": (
+            layer,
+            expert,
+            slice(None),
+            slice(i * width, (i + 1) * width),
+        )
+        for layer in layers
+        for expert in range(shape[1])
+        for i, name in enumerate(names)
+    }
 
 
-def _tensor_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = shape[1:] if "{}" in hf_name(path) else shape
-    return shape[::-1] if is_transposed(path) else shape
+def _tensor_shape(path: str, shape: tuple[int, ...], index: _Index) -> tuple[int, ...]:
+    part = _oriented(np.broadcast_to(0, shape)[index], path)
+    return part.shape
+
+
+def _oriented(array: np.ndarray, path: str) -> np.ndarray:
+    """From the layout of parameters to that of tensors, and back."""
+    return array.swapaxes(-1, -2) if is_transposed(path) else array
 
 
 def _check_tensors(
-    directory: Path, tensors: Mapping[str, _Tensor], shapes: Mapping[str, Any], *, tied: bool
+    directory: Path,
+    tensors: Mapping[str, _Tensor],
+    shapes: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, _Index]],
+    *,
+    tied: bool,
 ) -> None:
     expected = {
-        name: _tensor_shape(path, leaf.shape)
+        name: _tensor_shape(path, leaf.shape, index)
         for path, leaf in shapes.items()
-        for name in _names(path, leaf.shape)
+        for name, index in parts[path].items()
     }
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
     unexpected, misshapen = [], []
@@ -280,29 +333,29 @@ def _refuse(message: str, faults: Mapping[str, Sequence[str]]) -> None:
         raise ValueError("\n".join(lines))
 
 
-def _stack(tensors: Sequence[_Tensor], path: str, leaf: Any, dtype: Any) -> jax.Array:
+def _stack(
+    tensors: Mapping[str, _Tensor], parts: Mapping[str, _Index], path: str, leaf: Any, dtype: Any
+) -> jax.Array:
     if dtype is None:
-        dtype = jnp.result_type(*(jnp.dtype(_DTYPES[tensor.stored]) for tensor in tensors))
+        dtype = jnp.result_type(*{jnp.dtype(_DTYPES[tensors[name].stored]) for name in parts})
     out = np.empty(leaf.shape, jnp.dtype(dtype))
-    for layer, tensor in enumerate(tensors):
-        value = tensor.read()
-        target = out[layer, ...] if "{}" in hf_name(path) else out
-        target[...] = value.T if is_transposed(path) else value
+    for name, index in parts.items():
+        out[(*index, ...)] = _oriented(tensors[name].read(), path)
     return jnp.asarray(out)
 
 
-def _write_tensors(directory: Path, flat: Mapping[str, Any]) -> None:
+def _write_tensors(directory: Path, flat: Mapping[str, Any], family: str) -> None:
     """Writes one file, or shards and their index; one shard at a time is in memory besides."""
-    shards: list[list[tuple[str, str, int]]] = [[]]  # (tensor, parameter, its layer)
+    shards: list[list[tuple[str, str, _Index]]] = [[]]  # (tensor, parameter, its part)
     room = _SHARD_BYTES
     for path, leaf in flat.items():
-        names = _names(path, leaf.shape)
-        size = leaf.size * leaf.dtype.itemsize // len(names)
-        for layer, name in enumerate(names):
+        parts = _parts(path, leaf.shape, family)
+        size = leaf.size * leaf.dtype.itemsize // len(parts)
+        for name, index in parts.items():
             if size > room and shards[-1]:
                 shards.append([])
                 room = _SHARD_BYTES
-            shards[-1].append((name, path, layer))
+            shards[-1].append((name, path, index))
             room -= size
     if len(shards) == 1:
         _write_shard(directory / _SINGLE, shards[0], flat)
@@ -318,14 +371,13 @@ def _write_tensors(directory: Path, flat: Mapping[str, Any]) -> None:
 
 
 def _write_shard(
-    file: Path, shard: Sequence[tuple[str, str, int]], flat: Mapping[str, Any]
+    file: Path, shard: Sequence[tuple[str, str, _Index]], flat: Mapping[str, Any]
 ) -> None:
     tensors, whole, current = {}, np.empty(0), None
-    for name, path, layer in shard:
+    for name, path, index in shard:
         if path != current:
             whole, current = np.asarray(flat[path]), path
-        value = whole[layer] if "{}" in hf_name(path) else whole
-        tensors[name] = np.ascontiguousarray(value.T if is_transposed(path) else value)
+        tensors[name] = np.ascontiguousarray(_oriented(whole[index], path))
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
