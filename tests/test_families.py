@@ -15,7 +15,7 @@ import jlora
 from jlora import models
 from jlora.generate import generate
 from jlora.models import hf, hf_config
-from jlora.models.decoder import Decoder, init_cache
+from jlora.models.decoder import Decoder, Experts, init_cache
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -123,7 +123,7 @@ CASES = {
     "mixtral": (
         "Mixtral",
         {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8},
-        {"sliding_window": None, "experts": hf_config.Experts(5, 2, renormalize=False)},
+        {"sliding_window": None, "experts": Experts(5, 2, renormalize=False)},
     ),
     "qwen3 moe": (
         "Qwen3Moe",
@@ -135,7 +135,7 @@ CASES = {
             "head_dim": 8,
             "rope_parameters": {"rope_theta": 5e5, **LLAMA3},
         },
-        {"rope_scaling": None, "experts": hf_config.Experts(6, 3, renormalize=True)},
+        {"rope_scaling": None, "experts": Experts(6, 3, renormalize=True)},
     ),
     "qwen3 moe renormalized": (
         "Qwen3Moe",
@@ -148,15 +148,15 @@ CASES = {
             "use_sliding_window": True,
             "sliding_window": 8,
         },
-        {"sliding_window": None, "experts": hf_config.Experts(6, 3, renormalize=False)},
+        {"sliding_window": None, "experts": Experts(6, 3, renormalize=False)},
     ),
 }
-MOE = [name for name, (architecture, _, _) in CASES.items() if architecture.startswith("Mi") or
-       architecture.endswith("Moe")]  # fmt: skip
-MOE.remove("mistral")
-_IN_OUT = ("in", "out")
-AXES = {"gemma3": {"down_proj": ("stack", *_IN_OUT)},
-        "mixtral": {"down_proj": ("stack", "stack", *_IN_OUT)}}  # fmt: skip
+MOE = ["mixtral", "qwen3 moe", "qwen3 moe renormalized"]
+AXES = {
+    "gemma3": {"down_proj": ("stack", "in", "out")},
+    "mixtral": {"down_proj": ("stack", "stack", "in", "out")},
+    "mixtral experts": {"experts": ("stack", "stack", "in", "out")},
+}
 
 
 @functools.cache
@@ -420,6 +420,32 @@ def test_gradients_of_adapters_do_not_depend_on_how_layers_are_run(load, name):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
+def test_adapters_of_peft_on_all_linear_modules_load(load, folders, tmp_path, name):
+    peft = pytest.importorskip("peft")
+    model, params = load(name)
+    # Not the cached model: PEFT puts its layers into the one it is given.
+    base = transformers.AutoModelForCausalLM.from_pretrained(folders(name), dtype="auto")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(tmp_path)
+    params, _ = jlora.peft.load(tmp_path, params)
+    tokens, mask = inputs()
+    run = jlora.adapt(lambda p, *args, **rest: model.apply({"params": p}, *args, **rest))
+    logits = jax.jit(run)(params, tokens, padding_mask=mask)
+    expected = reference_logits(theirs, tokens, mask)
+    assert np.abs(expected[mask] - expected_logits(name)[mask]).max() > 0.01
+    np.testing.assert_allclose(logits[mask], expected[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_experts_are_no_peft_folder(load, tmp_path):
+    _, params = load("mixtral")
+    config = jlora.LoraConfig(rank=2, targets=("experts",), axes=AXES["mixtral experts"])
+    params = jlora.init(jax.random.key(0), params, config)
+    with pytest.raises(NotImplementedError, match="experts/down_proj/kernel' has axes"):
+        jlora.peft.save(tmp_path / "adapter", params, config)
+
+
 def test_longrope_chooses_factors_for_each_row_alone(load):
     """As transformers does for a row alone; there, one long row would change its neighbours."""
     name = "phi3 long"
@@ -639,6 +665,6 @@ def test_impossible_numbers_are_refused():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **changes)
     with pytest.raises(ValueError, match="per_token must be"):
-        hf_config.Experts(4, 5)
+        Experts(4, 5)
     with pytest.raises(ValueError, match=r"cannot express .*local_rope_theta"):
         hf_config.to_json(dataclasses.replace(config, family="gemma2"), dtype="float32")
