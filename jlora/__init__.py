@@ -9,6 +9,7 @@ from typing import Any
 
 from jlora.interpret import adapt
 from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split
+from jlora.merging import merge_error
 from jlora.quant import dequantize, quantize
 from jlora.summary import summary
 from jlora.tree import combine
@@ -26,6 +27,7 @@ __all__ = [
     "labels",
     "lora_fa",
     "lora_plus",
+    "merge_error",
     "merge_params",
     "optimizer",
     "quantize",

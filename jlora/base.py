@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ import jax.numpy as jnp
 
 import jlora
 from jlora import chat, models
-from jlora.models import decoder, hf_config
+from jlora.models import decoder
+from jlora.quant import Format
 
 __all__ = ["Base", "adapt_base", "cache_folder", "load_base", "load_tokenizer"]
 
@@ -35,12 +35,12 @@ class Base:
     tokenizer: chat.Tokenizer
 
     def apply(self, params: Any, tokens: jax.Array, **kwargs: Any) -> Any:
-        """The model's logits; knows nothing of adapters."""
+        """The model's logits; knows nothing of adapters and of quantised weights."""
         return self.model.apply({"params": params}, tokens, **kwargs)
 
     @functools.cached_property
     def forward(self) -> Callable[..., Any]:
-        """`apply` on a tree with adapters."""
+        """`apply` on a tree with adapters or quantised weights."""
         return jlora.adapt(self.apply)
 
     @functools.cached_property
@@ -64,6 +64,9 @@ def load_base(
     *,
     dtype: str = "auto",
     remat: str = "none",
+    unroll: int = 1,
+    quantize: Format | None = None,
+    cache: bool = False,
     tokenizer: chat.Tokenizer | None = None,
     weights: bool = True,
 ) -> Base:
@@ -74,28 +77,22 @@ def load_base(
       dtype: of the weights and the computation; "auto" is bfloat16 on GPU and TPU and float32 on
         CPU, which has no fast bfloat16.
       remat: as in `DecoderConfig`.
+      unroll: likewise.
+      quantize: as in `models.load`.
+      cache: whether to keep quantised weights in the user's cache folder for the next start.
       tokenizer: if it is there already.
-      weights: False gives `ShapeDtypeStruct`s where config.json says enough, to look at a model
-        larger than this machine's memory.
+      weights: False gives `ShapeDtypeStruct`s, to look at a model larger than this machine's
+        memory.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config_file = models.resolve(name) / "config.json"
-    if weights or not config_file.is_file():
-        model, params = models.load(name, dtype=dtype)
+    if weights:
+        folder = cache_folder() / "packed" if cache else None
+        model, params = models.load(name, dtype=dtype, quantize=quantize, cache=folder)
     else:
-        model, params = _shapes(config_file, dtype)
-    model = type(model)(dataclasses.replace(model.config, remat=remat))
+        model, params = models.shapes(name, dtype=dtype, quantize=quantize)
+    model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll))
     return Base(name, model, params, tokenizer or load_tokenizer(name))
-
-
-def _shapes(config_file: Path, dtype: str) -> tuple[Any, Any]:
-    data = json.loads(config_file.read_text(encoding="utf-8"))
-    config = hf_config.from_json(data, source=str(config_file))
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), decoder.param_shapes(config)
-    )
-    return decoder.Decoder(dataclasses.replace(config, dtype=dtype)), params
 
 
 def adapt_base(base: Base, lora: jlora.LoraConfig, key: jax.Array) -> Base:

@@ -33,7 +33,17 @@ from jlora import objective, optim, train, tree
 from jlora.leaf import is_array_leaf
 from jlora.models import decoder, hf_config
 
-__all__ = ["BASES", "SHAPES", "Settings", "measure", "model_flops", "peak_flops", "table"]
+__all__ = [
+    "BASES",
+    "SHAPES",
+    "Settings",
+    "decoder_config",
+    "measure",
+    "model_flops",
+    "peak_flops",
+    "random_params",
+    "table",
+]
 
 _LLAMA3 = {
     "vocab_size": 128256,
@@ -101,7 +111,7 @@ class Settings:
       shape: a name in `SHAPES`, or the path of a config.json.
       base: the format of the frozen weights, one of `BASES`; quantised ones compute in bfloat16.
       remat: as in `DecoderConfig`.
-      unroll: likewise; 0 is all layers.
+      unroll: likewise.
       batch: rows of a micro-batch.
       length: tokens of a row.
       segments: packed examples in a row, of equal length; a row of one is not masked by segments.
@@ -132,13 +142,10 @@ class Settings:
     def __post_init__(self):
         if self.base not in BASES:
             raise ValueError(f"base must be one of {list(BASES)}, got {self.base!r}.")
-        for name in ("batch", "length", "segments", "rank", "accumulation", "steps", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.head_chunk is not None and self.head_chunk < 1:
-            raise ValueError(f"head_chunk must be at least 1, got {self.head_chunk}.")
-        if self.unroll < 0 or self.warm_up < 0:
-            raise ValueError("unroll and warm_up must be at least 0.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}.")
         if self.length % self.segments:
             raise ValueError(
                 f"length {self.length} is no multiple of segments {self.segments}: segments are of "
@@ -173,8 +180,7 @@ def decoder_config(settings: Settings) -> decoder.DecoderConfig:
             f"shape must be one of {list(SHAPES)} or the path of a config.json, got "
             f"{settings.shape!r}."
         )
-    unroll = settings.unroll or config.num_layers
-    return dataclasses.replace(config, dtype=dtype, remat=settings.remat, unroll=unroll)
+    return dataclasses.replace(config, dtype=dtype, remat=settings.remat, unroll=settings.unroll)
 
 
 def measure(settings: Settings, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -225,7 +231,7 @@ def _prepare(
     model: decoder.Decoder, settings: Settings, lora: jlora.LoraConfig
 ) -> tuple[train.TrainState, Any, Any]:
     """The state, the frozen tree and the step."""
-    params = _random_params(model.config, settings)
+    params = random_params(model, settings.base)
 
     def apply(params: Any, tokens: jax.Array) -> Any:
         return model.apply({"params": params}, tokens)
@@ -281,49 +287,46 @@ def _run(
 # Weights
 
 
-def _random_params(config: decoder.DecoderConfig, settings: Settings) -> Any:
+def random_params(model: decoder.Decoder, base: str) -> Any:
     """Norms are one and other numbers uniform with a standard deviation of 0.02.
 
     A quantised weight gets random codes; its scales are those of a small matrix of such numbers.
     """
-    dtype = config.dtype
-    shapes = decoder.param_shapes(config)
+    dtype = model.config.dtype
+    shapes = decoder.param_shapes(model.config)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    sample = None
-    if settings.base not in ("bfloat16", "float32"):
-        params, sample = _quantised(params, settings.base)
+    sample: list[jax.Array] = []
+    if base not in ("bfloat16", "float32"):
+        from jlora import quant
+
+        matrix = 0.02 * jax.random.normal(jax.random.key(0), (512, 512), jnp.dtype(dtype))
+        sample = jax.tree.leaves(quant.quantize({"w": matrix}, base))  # pyright: ignore[reportArgumentType]
+        axes = ("stack", "in", "out")
+        params = quant.quantize(
+            params,
+            base,  # pyright: ignore[reportArgumentType]
+            targets=_PROJECTIONS,
+            axes={f"layers/*/{name}/kernel": axes for name in _PROJECTIONS},
+        )
     seeds = iter(range(1, 1 << 20))
 
-    def fill(path: str, leaf: Any) -> jax.Array:
-        if is_array_leaf(leaf):
-            return jax.tree.map(
-                lambda part, like: _filled(part, next(seeds), _typical(part, like)), leaf, sample
-            )
-        return _filled(leaf, next(seeds), (1.0, 0.0) if path.endswith("scale") else (0.0, 0.02))
+    def fill(path: str, leaf: Any) -> Any:
+        if not is_array_leaf(leaf):
+            return _filled(leaf, next(seeds), (1.0, 0.0) if path.endswith("scale") else (0.0, 0.02))
+        parts, treedef = jax.tree.flatten(leaf)
+        filled = [
+            _filled(part, next(seeds), _typical(like))
+            for part, like in zip(parts, sample, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, filled)
 
     return tree.map_with_path(fill, params, is_leaf=is_array_leaf)
 
 
-def _quantised(params: Any, base: str) -> tuple[Any, Any]:
-    """The abstract tree with its projections quantised, and a small quantised matrix."""
-    try:
-        from jlora import quant  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
-        raise NotImplementedError(
-            f"base {base!r} needs jlora.quant, which this version does not have; use bfloat16."
-        ) from None
-    matrix = 0.02 * jax.random.normal(jax.random.key(0), (512, 512), jnp.bfloat16)
-    targets = tuple(f"*/{name}/kernel" for name in _PROJECTIONS)
-    quantised = quant.quantize(params, base, targets=targets)
-    small = quant.quantize({"mlp": {"up_proj": {"kernel": matrix}}}, base, targets=targets[5:6])
-    return quantised, small["mlp"]["up_proj"]["kernel"]
-
-
-def _typical(part: Any, like: jax.Array) -> tuple[float, float]:
-    """Mean and deviation to draw one array of a quantised weight from."""
-    if part.dtype.itemsize == 1:
-        return 0.0, float(jnp.std(like.astype(jnp.float32)))
-    return float(jnp.mean(like.astype(jnp.float32))), 0.0
+def _typical(like: jax.Array) -> tuple[float, float]:
+    """Mean and deviation to draw the numbers of such an array from; scales are all the mean."""
+    numbers = like.astype(jnp.float32)
+    return (0.0, float(numbers.std())) if like.dtype.itemsize == 1 else (float(numbers.mean()), 0.0)
 
 
 def _filled(like: Any, seed: int, typical: tuple[float, float]) -> jax.Array:
@@ -414,6 +417,7 @@ def _result(
         "tokens_per_second": [round(settings.tokens / seconds, 1) for seconds in step_times],
         "tokens_per_second_median": round(settings.tokens / median, 1),
         "model_flops": flops,
+        "xla_flops": (compiled.cost_analysis() or {}).get("flops"),  # a loop's body counts once
         "utilisation": None if peak is None else round(flops / median / peak, 4),
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "argument_bytes": getattr(analysis, "argument_size_in_bytes", None),

@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/quickstart")
         sub.add_argument("-o", "--output", required=True, metavar="DIR", help=described)
         sub.set_defaults(command=command)
+        if name == "merge":
+            sub.add_argument(
+                "--into",
+                choices=("original", "dequantized"),
+                help="of a run with a quantised base: the weights as they were before (the default "
+                "where there are such), or those that training saw",
+            )
     _add_bench(commands)
     return parser
 
@@ -135,7 +142,7 @@ def _add_bench(commands: Any) -> None:
         ("shape", str, "tiny, 1b, 8b, 65b, 70b or the path of a config.json; default 1b"),
         ("base", str, "bfloat16 (default), float32, nf4, int8 or float8"),
         ("remat", str, "what the backward pass computes again, as model.remat; default none"),
-        ("unroll", int, "layers in an iteration of the loop, 0 for all; default 1"),
+        ("unroll", int, "layers in an iteration of the loop over them; default 1"),
         ("batch", int, "rows of a micro-batch; default 4"),
         ("length", int, "tokens of a row; default 2048"),
         ("segments", int, "packed examples in a row; default 1, without a mask"),
@@ -277,14 +284,13 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> "Base":
-    from jlora import base, peft
-    from jlora import run as runs
+    from jlora import base, peft, saved
 
     _set_up_process()
-    if runs.is_run(args.model):
+    if saved.is_run(args.model):
         if args.adapter:
             raise ValueError("A run has its own adapter; --adapter goes with a model.")
-        return runs.load_run(args.model, _whisper, dtype=args.dtype)[0]
+        return saved.load_run(args.model, _whisper, dtype=args.dtype)[0]
     loaded = base.load_base(args.model, dtype=args.dtype or "auto")
     if args.adapter:
         params, _ = peft.load(args.adapter, loaded.params)
@@ -294,25 +300,23 @@ def _load(args: argparse.Namespace) -> "Base":
 
 def _merge(args: argparse.Namespace) -> None:
     import jlora
-    from jlora import models
-    from jlora import run as runs
+    from jlora import models, saved
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, _ = runs.load_run(args.run, _whisper)
+    loaded, _, into = saved.load_to_merge(args.run, _whisper, into=args.into)
     merged = jlora.merge_params(loaded.params)
     files = models.tokenizer_files(loaded.name)
     models.save(args.output, loaded.model, merged, tokenizer_files=files)
-    _say(f"Wrote the merged model to {args.output}.")
+    _say(f"Wrote the merged model to {args.output}.{into}")
 
 
 def _export(args: argparse.Namespace) -> None:
-    from jlora import peft
-    from jlora import run as runs
+    from jlora import peft, saved
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, lora = runs.load_run(args.run, _whisper)
+    loaded, lora = saved.load_run(args.run, _whisper)
     peft.save(args.output, loaded.params, lora, base_model=loaded.name)
     _say(f"Wrote the adapter to {args.output}.")
 

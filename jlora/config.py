@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+import pydantic_core
 import yaml
 
 __all__ = ["RunConfig", "differences", "load", "save"]
@@ -28,6 +29,17 @@ class _Section(pydantic.BaseModel):
     )
 
 
+def _remat(name: str) -> str:
+    from jlora.models import remat  # with jax, which a wrong key need not wait for
+
+    try:
+        remat.check(name)
+    except ValueError as error:
+        expected = str(error).partition("must be ")[2].partition(", got ")[0]
+        raise pydantic_core.PydanticCustomError("remat", "{text}", {"text": expected}) from None
+    return name
+
+
 class ModelConfig(_Section):
     """The base model.
 
@@ -35,13 +47,23 @@ class ModelConfig(_Section):
       path: a Hugging Face folder, a `.gguf` file, or a name on the hub.
       dtype: of the frozen weights and of the computation; auto is bfloat16 on GPU and TPU and
         float32 on CPU.
-      remat: what the backward pass computes again to save memory: none, full (everything), dots
-        (everything but matrix products).
+      remat: what the backward pass computes again to save memory. From most memory to least: none;
+        dots (all but the projections); attention (all but attention's results); full (all); and
+        offload (all, and layers' inputs wait in the host's memory). Or `keep:` and names of what
+        to keep, such as keep:attention,q_proj,k_proj,v_proj.
+      unroll: layers in one iteration of the loop over them. As many as there are or more make a
+        faster program without a loop, which takes longer to compile.
+      quantize: QLoRA: keeps the frozen weights of linear layers in nf4 (4.13 bits a parameter),
+        int8 or float8, and computes in `dtype`; null for none.
+      cache: whether to keep the quantised weights on disk, for a faster next start.
     """
 
     path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Annotated[str, pydantic.AfterValidator(_remat)] = "none"
+    unroll: _Count = 1
+    quantize: Literal["nf4", "int8", "float8"] | None = None
+    cache: bool = False
 
 
 class DataConfig(_Section):
@@ -116,12 +138,15 @@ class TrainConfig(_Section):
       epochs: passes over the training rows, may be a fraction.
       batch_size: rows on the device at a time.
       accumulation: such batches summed for one step.
+      head_chunk_tokens: tokens that go through the model's head together; each has a float32 logit
+        for every word of the vocabulary. By default 128 on a CPU and 1024 elsewhere.
     """
 
     steps: _Count | None = None
     epochs: _Positive | None = None
     batch_size: _Count = 8
     accumulation: _Count = 1
+    head_chunk_tokens: _Count | None = None
 
 
 class EvalConfig(_Section):
@@ -229,7 +254,11 @@ def save(path: str | Path, config: RunConfig) -> None:
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """The keys whose values differ and change what a run computes, as "key: was ..., now ..."."""
     before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
-    keys = [key for key in {**before, **after} if key.split(".")[0] not in ("checkpoint", "output")]
+    keys = [
+        key
+        for key in {**before, **after}
+        if key.split(".")[0] not in ("checkpoint", "output") and key != "model.cache"
+    ]
     return [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
         for key in keys

@@ -11,6 +11,7 @@ nothing of low rank, quantisation or training.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,15 @@ import jax.extend.core as jex
 import numpy as np
 
 from jlora import tree
-from jlora.leaf import ArrayLeaf, Context, Equation, OnUnsupported, apply_rule, is_array_leaf
+from jlora.leaf import (
+    ArrayLeaf,
+    Context,
+    Equation,
+    OnUnsupported,
+    apply_rule,
+    explicit_sharding,
+    is_array_leaf,
+)
 
 __all__ = ["adapt", "evaluate"]
 
@@ -56,11 +65,13 @@ def adapt(
         raise ValueError(
             f"on_unsupported must be 'warn', 'error' or 'allow', got {on_unsupported!r}."
         )
-    warned: set[tuple[str, str]] = set()
+    warned: set[Any] = set()
 
     def run(static: _Static, dynamic: list[Any], key: jax.Array | None) -> Any:
         context = Context(on_unsupported, key, warned=warned)
-        return _interpret(fn, static, dynamic, context)
+        out = _interpret(fn, static, dynamic, context)
+        context.log_remarks()
+        return out
 
     run.__name__ = f"adapted_{getattr(fn, '__name__', 'fn')}"
     compiled = jax.jit(run, static_argnums=0)
@@ -265,15 +276,17 @@ def _close(jaxpr: Any) -> Any:
 
 def _evaluate_with_leaves(eqn: Any, arguments: Sequence[Any], context: Context) -> Sequence[Any]:
     name = eqn.primitive.name
+    context = dataclasses.replace(
+        context, where=functools.partial(_source_line, eqn, context.where)
+    )
     if enter := _CONTROL_FLOW.get(name):
         inside = dataclasses.replace(context, scope=(*context.scope, id(eqn)))
         with eqn.ctx.manager:
             return enter(eqn.params, arguments, inside)
-    aval = eqn.outvars[0].aval
     equation = Equation(
         name=name,
         params=eqn.params,
-        out=jax.ShapeDtypeStruct(aval.shape, aval.dtype),
+        out=_first_result(eqn),
         context=context,
         identity=(*context.scope, id(eqn)),
         primitive=eqn.primitive,
@@ -281,6 +294,29 @@ def _evaluate_with_leaves(eqn: Any, arguments: Sequence[Any], context: Context) 
     with eqn.ctx.manager:
         result = apply_rule(equation, arguments)
     return result if eqn.primitive.multiple_results else [result]
+
+
+_JAX_FOLDER = os.path.join(os.path.dirname(jax.__file__), "")
+
+
+def _source_line(eqn: Any, outside: Callable[[], str]) -> str:
+    """The line that an equation was traced from, the user's own rather than a library's."""
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    lines = [outside()]  # a jitted function's own trace begins inside it
+    for frame in getattr(traceback, "frames", ()):
+        if not frame.file_name.startswith(_JAX_FOLDER) and frame.file_name != __file__:
+            line = f" in {frame.file_name}:{frame.line_num} ({frame.function_name})"
+            if "site-packages" not in frame.file_name:
+                return line
+            lines.append(line)
+    return next(filter(None, lines), "")
+
+
+def _first_result(eqn: Any) -> jax.ShapeDtypeStruct:
+    if not eqn.outvars:  # a callback
+        return jax.ShapeDtypeStruct((), np.bool_)
+    aval = eqn.outvars[0].aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=explicit_sharding(aval))
 
 
 def _enter_jit(params: dict[str, Any], arguments: Sequence[Any], context: Context) -> Sequence[Any]:
@@ -406,7 +442,10 @@ def _enter_shard_map(
         results = _evaluate(params["jaxpr"], operands, context)
         return [_dense(result, "shard_map output", context) for result in results]
 
-    arguments = [leaf.divisible() if is_array_leaf(leaf) else leaf for leaf in arguments]
+    arguments = [
+        _divisible(argument, spec, params["mesh"], context)
+        for argument, spec in zip(arguments, params["in_specs"])
+    ]
     specs = tuple(
         argument.specs(spec) if is_array_leaf(argument) else spec
         for argument, spec in zip(arguments, params["in_specs"])
@@ -419,7 +458,24 @@ def _enter_shard_map(
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
     )
-    return mapped(*arguments)
+    return mapped(*map(_place_as, arguments, specs))
+
+
+def _place_as(argument: Any, spec: Any) -> Any:
+    """Puts a leaf's arrays where a shard_map takes them from, which Explicit axes insist on."""
+
+    def place(array: Any, spec: Any) -> Any:
+        sharding = explicit_sharding(jax.typeof(array))
+        return array if sharding is None or sharding.spec == spec else jax.reshard(array, spec)
+
+    return jax.tree.map(place, argument, spec) if is_array_leaf(argument) else argument
+
+
+def _divisible(value: Any, spec: Any, mesh: Any, context: Context) -> Any:
+    if not is_array_leaf(value):
+        return value
+    leaf = value.divisible(spec, mesh)
+    return context.materialise(value, "shard_map") if leaf is None else leaf
 
 
 _CONTROL_FLOW = {

@@ -5,11 +5,13 @@ their rules. A leaf without a rule for a primitive becomes its exact dense array
 """
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+from jax.sharding import PartitionSpec
 
 __all__ = [
     "ArrayLeaf",
@@ -17,10 +19,14 @@ __all__ = [
     "Equation",
     "OnUnsupported",
     "apply_rule",
+    "explicit_sharding",
     "is_array_leaf",
+    "pass_barrier",
     "reshape_groups",
     "rule",
 ]
+
+_LOG = logging.getLogger("jlora")
 
 OnUnsupported = Literal["warn", "error", "allow"]
 
@@ -65,6 +71,10 @@ class ArrayLeaf:
         """The path that messages call this leaf by."""
         raise NotImplementedError
 
+    def names(self) -> tuple[str, ...]:
+        """The paths of all weights in this leaf: several, once the function joined some."""
+        return (self.name(),)
+
     def unstack(self) -> tuple[Any, Callable[[Any], "ArrayLeaf"]] | None:
         """Cuts the leading axis for a scan: what to scan over, and the leaf of one slice of it.
 
@@ -76,21 +86,55 @@ class ArrayLeaf:
         """The leaf after a scan has stacked each of its arrays along a new leading axis."""
         return self
 
-    def divisible(self) -> "ArrayLeaf":
-        """The same leaf with arrays that a shard_map can cut as it cuts the array it stands for."""
+    def divisible(self, spec: PartitionSpec, mesh: Any) -> "ArrayLeaf | None":
+        """The same leaf with arrays that a shard_map can cut as `spec` cuts what it stands for.
+
+        None where there is no such form.
+        """
         return self
 
-    def specs(self, spec: jax.sharding.PartitionSpec) -> "ArrayLeaf":
+    def specs(self, spec: PartitionSpec) -> "ArrayLeaf":
         """The same leaf with a PartitionSpec in place of each array, for an array cut by `spec`."""
         raise NotImplementedError
 
+    def after_barrier(self) -> "ArrayLeaf":
+        """The leaf behind an optimisation barrier, which gives every array of it a tangent."""
+        return self
+
     def __jax_array__(self) -> jax.Array:
-        raise TypeError(
-            f"A {type(self).__name__} of shape {self.shape} reached a JAX function outside "
-            "jlora.adapt. Wrap the function that uses it, jlora.adapt(fn)(...), and pass the leaf "
-            "as an argument instead of capturing it; or build plain arrays with "
-            "jlora.merge_params."
+        raise TypeError(self._outside("reached a JAX function"))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(self._outside("was asked for as a NumPy array"))
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what the class lacks, or what a property of it failed to find.
+        if name.startswith("_") or hasattr(type(self), name) or not hasattr(jax.Array, name):
+            raise AttributeError(f"This {type(self).__name__} has no {name!r}.")
+        raise AttributeError(self._outside(f"was asked for its {name!r}"))
+
+    def _outside(self, event: str) -> str:
+        return (
+            f"A {type(self).__name__} of shape {self.shape} {event} outside jlora.adapt. Wrap the "
+            "function that uses it, jlora.adapt(fn)(...), and pass the leaf as an argument instead "
+            "of capturing it; or build plain arrays with jlora.merge_params."
         )
+
+
+def _refuse(operator: str) -> Callable[..., Any]:
+    def method(self: ArrayLeaf, *operands: Any) -> Any:
+        raise TypeError(self._outside(f"met {operator}"))
+
+    return method
+
+
+_OPERATORS = {
+    "add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/", "floordiv": "//", "mod": "%",
+    "pow": "**", "getitem": "[]", "neg": "-",
+}  # fmt: skip
+for _name, _sign in _OPERATORS.items():
+    setattr(ArrayLeaf, f"__{_name}__", _refuse(_sign))
+    setattr(ArrayLeaf, f"__r{_name}__", _refuse(_sign))
 
 
 def is_array_leaf(value: Any) -> bool:
@@ -107,16 +151,20 @@ class Context:
       key: for dropout, different in each iteration of a scan; None is no dropout.
       trips: how often the code under evaluation runs, as far as scans say.
       scope: the enclosing equations, which tell two runs of the same code apart.
-      warned: the (leaf, primitive) pairs already reported.
+      where: gives the line of the user's code that is under evaluation, as far as it is known.
+      warned: what was already reported.
       counts: how often each leaf was counted.
+      remarks: what to say once about all leaves that it is true of.
     """
 
     on_unsupported: OnUnsupported
     key: jax.Array | None
     trips: int = 1
     scope: tuple[int, ...] = ()
-    warned: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    where: Callable[[], str] = lambda: ""
+    warned: set[Any] = dataclasses.field(default_factory=set)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    remarks: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
 
     def count(self, name: str) -> int:
         """How often this was called for `name` before: 0, 1, 2, ..."""
@@ -127,35 +175,52 @@ class Context:
         """The dense array of a leaf that `primitive` has no rule for, reported as asked."""
         message = (
             f"jlora has no low-rank rule for {primitive!r} on {leaf.name()!r} of shape "
-            f"{leaf.shape}: its exact dense array is built there."
+            f"{leaf.shape}{self.where()}: its exact dense array is built there."
         )
         if self.on_unsupported == "error":
             raise NotImplementedError(
                 f"{message} Pass on_unsupported='warn' or 'allow' to accept that, or leave this "
                 "weight out of the targets."
             )
-        if self.on_unsupported == "warn" and (leaf.name(), primitive) not in self.warned:
-            self.warned.add((leaf.name(), primitive))
-            warnings.warn(
+        if self.on_unsupported == "warn":
+            self.warn_once(
+                (leaf.name(), primitive),
                 f"{message} The result is right; memory and time are those of the dense product. "
                 "on_unsupported='allow' silences this, 'error' refuses it.",
-                stacklevel=2,
             )
         return leaf.materialise()
+
+    def warn_once(self, subject: Any, message: str) -> None:
+        """Warns, but not twice about one subject."""
+        if subject not in self.warned:
+            self.warned.add(subject)
+            warnings.warn(message, stacklevel=3)
+
+    def remark(self, text: str, leaf: ArrayLeaf) -> None:
+        """Notes what `log_remarks` will say of all leaves together."""
+        self.remarks.setdefault(text, {})[leaf.name()] = None
+
+    def log_remarks(self) -> None:
+        """Says each remark once of the leaves that it is true of."""
+        for text, names in self.remarks.items():
+            subject = (text, tuple(names))
+            if subject not in self.warned:
+                self.warned.add(subject)
+                shown = ", ".join(map(repr, list(names)[:4]))
+                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                _LOG.info(text, f"{shown}{more}")
 
     def note(self, leaf: ArrayLeaf, primitive: str) -> None:
         """Called where a leaf's own rule turned it into a plain array."""
 
     def captured(self, leaf: ArrayLeaf) -> None:
         """Called for a leaf that is not read while the function captures an array like it."""
-        if (leaf.name(), "closure") not in self.warned:
-            self.warned.add((leaf.name(), "closure"))
-            warnings.warn(
-                f"{leaf.name()!r} of shape {leaf.shape} is passed to the function but not read by "
-                "it, while the function captures an array of that shape in a closure: the captured "
-                "weight is used without its adapter. Read the weight from the argument.",
-                stacklevel=2,
-            )
+        self.warn_once(
+            (leaf.name(), "closure"),
+            f"{leaf.name()!r} of shape {leaf.shape} is passed to the function but not read by it, "
+            "while the function captures an array of that shape in a closure: the captured weight "
+            "is used without its adapter. Read the weight from the argument.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +230,7 @@ class Equation:
     Attributes:
       name: of the primitive, e.g. `dot_general`.
       params: of the primitive.
-      out: shape and dtype of the (first) result.
+      out: shape and dtype of the (first) result, and its sharding on a mesh of Explicit axes.
       context: shared by the whole evaluation.
       identity: tells this equation from every other one of the evaluation.
     """
@@ -218,7 +283,6 @@ def apply_rule(equation: Equation, operands: Sequence[Any]) -> Any:
                     if not any(map(is_array_leaf, results)):
                         equation.context.note(leaf, equation.name)
                     return result
-                break
     return equation.bind(
         *(
             equation.context.materialise(operand, equation.name)
@@ -227,6 +291,22 @@ def apply_rule(equation: Equation, operands: Sequence[Any]) -> Any:
             for operand in operands
         )
     )
+
+
+def explicit_sharding(array_type: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding that is part of an array's type, on a mesh of Explicit axes; else None."""
+    sharding = getattr(array_type, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if explicit else None
+
+
+def pass_barrier(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+    """One barrier over every part of the leaves, so that all of them still wait for each other."""
+    flat, treedef = jax.tree.flatten(list(operands))
+    results = jax.tree.unflatten(treedef, equation.bind(*flat))
+    return [result.after_barrier() if is_array_leaf(result) else result for result in results]
 
 
 def reshape_groups(

@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import products as _rules  # noqa: F401  registers them
+from jlora import joined as _joined  # noqa: F401  registers rules
+from jlora import products as _products  # noqa: F401
 from jlora import tree
 from jlora.leaf import ArrayLeaf, is_array_leaf
 from jlora.lora_config import Axis, LoraConfig
 from jlora.lowrank import LowRank
+from jlora.packed_products import PackedLowRank
 from jlora.quant import QuantArray, dequantize
 from jlora.targets import choose, leaves_by_path
 from jlora.usage import find_weights
@@ -104,8 +106,11 @@ class LoraArray(ArrayLeaf):
             )
         b = jnp.moveaxis(self.b, self.axes.count("stack"), -1)  # [*stack *out rank]
         u, v = self._spread(self.a, "in"), self._spread(b, "out")
-        w = self.w.enter(path) if is_array_leaf(self.w) else self.w
-        return LowRank(w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
+        if is_array_leaf(self.w):
+            kind, w = PackedLowRank, self.w.enter(path)
+        else:
+            kind, w = LowRank, self.w
+        return kind(w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
 
     def _spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
         """`[*stack *owned rank]` to `[*axes rank]`, with size 1 along the other factor's axes."""
@@ -153,8 +158,10 @@ def init(
       The tree with a `LoraArray` in place of each chosen weight.
 
     Raises:
-      ValueError: if a pattern matches nothing, a target is no weight, or its axes are unknown.
+      ValueError: if a pattern matches nothing, a target is no weight, its axes are unknown, or the
+        arguments are not in this order.
     """
+    _check_order(key, params, config)
     leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None
     roles = choose(leaves, config, uses)
@@ -186,6 +193,19 @@ def init(
         len(roles), f"{trainable:,}", f"{frozen:,}", 100 * trainable / max(1, trainable + frozen),
     )  # fmt: skip
     return adapted
+
+
+def _check_order(key: Any, params: Any, config: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and key.ndim == 1)
+    )
+    if not is_key or isinstance(params, LoraConfig) or not isinstance(config, LoraConfig):
+        given = ", ".join(type(argument).__name__ for argument in (key, params, config))
+        raise ValueError(
+            "init takes a PRNG key, the parameters and a LoraConfig, in this order: "
+            f"jlora.init(jax.random.key(0), params, config). It got: {given}."
+        )
 
 
 def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterable[str]) -> None:

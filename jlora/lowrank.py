@@ -14,8 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import ArrayLeaf, Equation, is_array_leaf, reshape_groups, rule
+from jlora.leaf import (
+    ArrayLeaf,
+    Equation,
+    explicit_sharding,
+    is_array_leaf,
+    pass_barrier,
+    reshape_groups,
+    rule,
+)
 
 __all__ = ["LowRank", "contract"]
 
@@ -32,6 +41,7 @@ class LowRank(ArrayLeaf):
       scaling: of the product.
       dropout: the share of the product's inputs that a dropout key zeroes.
       path: where the weight stands in its tree.
+      beside: the paths of further weights that the function joined with it.
     """
 
     w: Any
@@ -40,6 +50,7 @@ class LowRank(ArrayLeaf):
     scaling: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
+    beside: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,8 +63,12 @@ class LowRank(ArrayLeaf):
         return self.w.dtype
 
     def name(self) -> str:
-        """The weight's path."""
-        return self.path
+        """The weight's path, or those of all that were joined."""
+        return " + ".join(self.names())
+
+    def names(self) -> tuple[str, ...]:
+        """The weight's path, and the paths of those that it was joined with."""
+        return (self.path, *self.beside)
 
     def materialise(self) -> jax.Array:
         """`w` plus the product, computed in float32 (or wider) and rounded once."""
@@ -66,6 +81,7 @@ class LowRank(ArrayLeaf):
             self.v.astype(wide),
             (*axes, -1),
             axes,
+            out_sharding=explicit_sharding(jax.typeof(base)),
             precision=lax.Precision.HIGHEST,
         )
         return (base.astype(wide) + self.scaling * update).astype(self.dtype)
@@ -91,21 +107,30 @@ class LowRank(ArrayLeaf):
 
         return (scanned_w, *scanned), rebuild
 
-    def divisible(self) -> "LowRank":
+    def divisible(self, spec: PartitionSpec, mesh: Any) -> "LowRank | None":
         """With a base whose arrays can be cut."""
-        return dataclasses.replace(self, w=self.w.divisible()) if is_array_leaf(self.w) else self
+        if not is_array_leaf(self.w):
+            return self
+        w = self.w.divisible(spec, mesh)
+        return None if w is None else dataclasses.replace(self, w=w)
 
-    def specs(self, spec: jax.sharding.PartitionSpec) -> "LowRank":
+    def specs(self, spec: PartitionSpec) -> "LowRank":
         """Each factor is cut along the axes that it owns, as the weight is."""
         places = [*spec, *[None] * (self.ndim - len(spec))]
         u, v = (
-            jax.sharding.PartitionSpec(
+            PartitionSpec(
                 *(place if size > 1 else None for place, size in zip(places, factor.shape))
             )
             for factor in (self.u, self.v)
         )
         w = self.w.specs(spec) if is_array_leaf(self.w) else spec
         return dataclasses.replace(self, w=w, u=u, v=v)
+
+    def after_barrier(self) -> "LowRank":
+        """With a base that knows what it has no tangents for."""
+        return (
+            dataclasses.replace(self, w=self.w.after_barrier()) if is_array_leaf(self.w) else self
+        )
 
 
 def contract(
@@ -114,12 +139,15 @@ def contract(
     y: jax.Array,
     y_axes: Sequence[Any],
     out_axes: Sequence[Any],
+    *,
+    out_sharding: NamedSharding | None = None,
     **dot_options: Any,
 ) -> jax.Array:
     """A two-operand einsum over named axes in which size 1 stands for an axis not there.
 
     One `dot_general`, and a transpose only where neither order of the operands gives `out_axes`.
-    An axis of `out_axes` that both operands lack has size 1 in the result.
+    An axis of `out_axes` that both operands lack has size 1 in the result. `out_sharding` is for a
+    mesh of Explicit axes, on which a product that sums over a sharded axis must be placed.
     """
     x, x_axes = _drop_singletons(x, x_axes)
     y, y_axes = _drop_singletons(y, y_axes)
@@ -138,8 +166,12 @@ def contract(
         (tuple(map(x_axes.index, group)), tuple(map(y_axes.index, group)))
         for group in (summed, batch)
     )
-    product = lax.dot_general(x, y, (contracting, batching), **dot_options)
     got = order_of_result(x_axes, y_axes)
+    if out_sharding is not None:
+        spec = dict(zip(out_axes, out_sharding.spec))
+        asked = PartitionSpec(*(spec.get(axis) for axis in got))
+        dot_options["out_sharding"] = NamedSharding(out_sharding.mesh, asked)
+    product = lax.dot_general(x, y, (contracting, batching), **dot_options)
     if got != wanted:
         product = product.transpose([got.index(axis) for axis in wanted])
     if len(wanted) < len(out_axes):
@@ -172,7 +204,18 @@ def _convert_element_type(equation: Equation, leaf: LowRank) -> Any:
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))
 
 
-@rule(LowRank, "pvary", "reshard", "name")
+@rule(LowRank, "reshard")
+def _reshard(equation: Equation, leaf: LowRank) -> Any:
+    wanted = equation.params["dst_sharding"]  # maybe on the same mesh with other types of axes
+    specs: Any = leaf.specs(wanted.spec)
+    u, v = (
+        equation.bind_as(equation.params | {"dst_sharding": NamedSharding(wanted.mesh, spec)}, x)
+        for x, spec in ((leaf.u, specs.u), (leaf.v, specs.v))
+    )
+    return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+
+
+@rule(LowRank, "pvary", "name")
 def _of_the_weight_alone(equation: Equation, leaf: LowRank) -> Any:
     # The factors are small, have placements of their own, and products make up for it.
     return dataclasses.replace(leaf, w=equation.bind(leaf.w))
@@ -191,6 +234,19 @@ def _split(equation: Equation, leaf: LowRank) -> Any:
     return [dataclasses.replace(leaf, w=w, u=u, v=v) for w, u, v in parts]
 
 
+@rule(LowRank, "unstack")
+def _unstack(equation: Equation, leaf: LowRank) -> Any:
+    axis = equation.params["axis"]
+
+    def cut(factor: jax.Array) -> Sequence[jax.Array]:
+        if factor.shape[axis] == 1:
+            return [lax.squeeze(factor, (axis,))] * leaf.shape[axis]
+        return jnp.unstack(factor, axis=axis)
+
+    parts = zip(equation.bind(leaf.w), cut(leaf.u), cut(leaf.v))
+    return [dataclasses.replace(leaf, w=w, u=u, v=v) for w, u, v in parts]
+
+
 @rule(LowRank, "copy", "copy_p", "stop_gradient")
 def _pass_through(equation: Equation, leaf: LowRank) -> Any:
     w, u, v = (equation.bind(part) for part in (leaf.w, leaf.u, leaf.v))
@@ -204,9 +260,7 @@ def _neg(equation: Equation, leaf: LowRank) -> Any:
 
 @rule(LowRank, "optimization_barrier")
 def _optimization_barrier(equation: Equation, *operands: Any) -> Any:
-    # One barrier over every part, so that all of them still wait for each other.
-    flat, treedef = jax.tree.flatten(list(operands))
-    return jax.tree.unflatten(treedef, equation.bind(*flat))
+    return pass_barrier(equation, operands)
 
 
 @rule(LowRank, "mul", "div")
@@ -238,13 +292,14 @@ def _reshape(equation: Equation, leaf: LowRank) -> Any:
     new_sizes = equation.params["new_sizes"]
     if equation.params["dimensions"] is not None:
         return NotImplemented
-    shapes = []
+    factors = []
     for factor in (leaf.u, leaf.v):
         shape = _reshaped_factor(factor.shape[:-1], leaf.shape, new_sizes)
         if shape is None:
             return NotImplemented
-        shapes.append((*shape, factor.shape[-1]))
-    u, v = (factor.reshape(shape) for factor, shape in zip((leaf.u, leaf.v), shapes))
+        sharding = _owned_sharding(equation.params["sharding"], shape)
+        factors.append(lax.reshape(factor, (*shape, factor.shape[-1]), out_sharding=sharding))
+    u, v = factors
     return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
 
 
@@ -261,6 +316,14 @@ def _reshaped_factor(
             for axis in new_axes:
                 shape[axis] = new[axis]
     return shape
+
+
+def _owned_sharding(sharding: NamedSharding | None, shape: Sequence[int]) -> NamedSharding | None:
+    """The weight's sharding as far as it is about the axes that a factor owns."""
+    if sharding is None:
+        return None
+    spec = (place if size > 1 else None for place, size in zip(sharding.spec, shape))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec, None))
 
 
 @rule(LowRank, "slice")
@@ -310,10 +373,21 @@ def _broadcast_in_dim(equation: Equation, leaf: Any, *sizes: Any) -> Any:
                 repeated = axis not in placed or leaf.shape[placed[axis]] == 1
                 target[axis] = size if repeated else target[axis]
         rank = len(shape)
-        return lax.broadcast_in_dim(factor, (*target, factor.shape[-1]), (*places, rank))
+        return lax.broadcast_in_dim(
+            factor,
+            (*target, factor.shape[-1]),
+            (*places, rank),
+            out_sharding=_owned_sharding(equation.params["sharding"], target),
+        )
 
     u, v = spread(leaf.u, fill=False), spread(leaf.v, fill=True)
     return dataclasses.replace(leaf, w=equation.bind(leaf.w), u=u, v=v)
+
+
+@rule(LowRank, "rev")
+def _rev(equation: Equation, leaf: LowRank) -> Any:
+    w, u, v = (equation.bind(part) for part in (leaf.w, leaf.u, leaf.v))  # 1 reversed is itself
+    return dataclasses.replace(leaf, w=w, u=u, v=v)
 
 
 @rule(LowRank, "sharding_constraint")

@@ -49,6 +49,7 @@ def make_loss(
             batch["loss_mask"],
             chunk_tokens=chunk_tokens,
             head_is_frozen=head_is_frozen,
+            narrow_head=functools.partial(apply, dtype=hidden.dtype, method="head"),
         )
 
     def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Any:

@@ -121,7 +121,8 @@ def lora_fa(
     `a @ b` is the dense one projected onto what `a` spans. `tx` applies after it.
 
     Args:
-      tx: for `b` and for leaves that train whole; PEFT uses AdamW with `eps=1e-6`.
+      tx: for `b` and for leaves that train whole; PEFT uses AdamW with `eps=1e-6`, added before the
+        bias correction, and decays weights after the step instead of with it.
       config: the config that the tree was made with.
       damping: added to the diagonal of `a.T @ a`.
     """

@@ -1,12 +1,10 @@
 """A weight that is stored in fewer bits, as `adapt` carries it from the parameter tree to its use.
 
 `Packed` holds the stored arrays and the moves (casts, transposes, reshapes, ...) that the function
-made so far. A product builds the dense weight when it needs it, forward, and again backward:
-between the two only the packed arrays live. Layers of a stack are cut from the packed arrays.
+made so far. What uses do with it is in `packed_rules.py`.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import ArrayLeaf, Equation, is_array_leaf, reshape_groups, rule
+from jlora.leaf import ArrayLeaf
 from jlora.lora_config import Axis
 
-__all__ = ["Packed", "QuantArray", "matrices_to_weight", "weight_to_matrices"]
+__all__ = ["Move", "Packed", "QuantArray", "matrices_to_weight", "num_parts", "weight_to_matrices"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +100,7 @@ class QuantArray(ArrayLeaf):
 
     def enter(self, path: str) -> "Packed":
         """The leaf as rules want it, for a leaf found at `path`."""
-        return Packed(self, (), (), path)
+        return Packed(_frozen(self, path), (), (), path)
 
     def materialise(self) -> jax.Array:
         """The dense weight."""
@@ -112,11 +110,31 @@ class QuantArray(ArrayLeaf):
         """The leaf in a form whose arrays can be cut into parts that stand alone."""
         return self
 
+    def uncut_axes(self, spec: PartitionSpec, mesh: Any) -> tuple[int, ...]:
+        """The axes that `spec` cuts where the stored arrays have no place to cut.
+
+        Rows and columns can be cut along the first axis of each, columns between blocks.
+        """
+        uncut = []
+        for axis, (place, role) in enumerate(zip(spec, self.axes)):
+            parts = num_parts(place, mesh)
+            is_first = role == "stack" or self.axes.index(role) == axis
+            within_blocks = role == "in" and (self.padding or self.num_units() % parts)
+            if parts > 1 and (not is_first or within_blocks):
+                uncut.append(axis)
+        return tuple(uncut)
+
+    def shardings(self, sharding: NamedSharding) -> Any:
+        """The same leaf with the placement of each array, for a weight placed by `sharding`."""
+        uncut = self.uncut_axes(sharding.spec, sharding.mesh)
+        places = (None if axis in uncut else p for axis, p in enumerate(sharding.spec))
+        specs = self.specs(PartitionSpec(*places))
+        return jax.tree.map(lambda _, spec: NamedSharding(sharding.mesh, spec), self, specs)
+
     def specs(self, spec: PartitionSpec) -> Any:
         """The same leaf with a PartitionSpec in place of each array, for a weight cut by `spec`.
 
-        Rows and columns can be cut along the first axis of each. Padded columns and the second
-        level of scales, which runs on from row to row, stay whole.
+        The second level of scales, which runs on from row to row, stays whole.
         """
         places = [*spec, *[None] * (len(self.axes) - len(spec))]
         stack = [place for place, role in zip(places, self.axes) if role == "stack"]
@@ -124,10 +142,17 @@ class QuantArray(ArrayLeaf):
             next((p for p, r, n in zip(places, self.axes, self.sizes) if r == role and not n), None)
             for role in ("out", "in")
         )
-        return self._specs(stack, rows, None if self.padding else columns)
+        return self._specs(stack, rows, columns)
 
     def _specs(self, stack: list[Any], rows: Any, columns: Any) -> Any:
         raise NotImplementedError
+
+
+def num_parts(place: Any, mesh: Any) -> int:
+    """Into how many parts an entry of a PartitionSpec cuts an axis."""
+    if place is None or place is PartitionSpec.UNCONSTRAINED:
+        return 1
+    return math.prod(mesh.shape[name] for name in ((place,) if isinstance(place, str) else place))
 
 
 def weight_to_matrices(w: jax.Array, axes: Sequence[Axis]) -> jax.Array:
@@ -149,7 +174,7 @@ def matrices_to_weight(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Move:
+class Move:
     """A step from the stored weight to what the function holds now.
 
     Attributes:
@@ -163,7 +188,7 @@ class _Move:
     apply: Callable[..., jax.Array]
     shape: tuple[int, ...]
     dtype: Any
-    of_slice: Callable[[], "_Move | None"]
+    of_slice: Callable[[], "Move | None"]
     num_operands: int = 0
 
 
@@ -181,7 +206,7 @@ class Packed(ArrayLeaf):
 
     array: QuantArray
     operands: tuple[Any, ...]
-    moves: tuple[_Move, ...] = dataclasses.field(metadata={"static": True})
+    moves: tuple[Move, ...] = dataclasses.field(metadata={"static": True})
     path: str = dataclasses.field(metadata={"static": True})
 
     @property
@@ -200,10 +225,11 @@ class Packed(ArrayLeaf):
 
     def materialise(self) -> jax.Array:
         """The dense array."""
-        return self._moved(_frozen(self.array, self.path).materialise())
+        return self.dense(self.array)
 
-    def _moved(self, dense: jax.Array) -> jax.Array:
-        operands = iter(self.operands)
+    def dense(self, array: QuantArray) -> jax.Array:
+        """The dense array, from other stored arrays of the same kind."""
+        dense, operands = array.materialise(), iter(self.operands)
         for move in self.moves:
             dense = move.apply(dense, *(next(operands) for _ in range(move.num_operands)))
         return dense
@@ -212,12 +238,12 @@ class Packed(ArrayLeaf):
         """The leaf one move further."""
         shape = tuple(kept.get("shape", self.shape))
         of_slice = kept.get("of_slice", lambda: None)
-        move = _Move(apply, shape, kept.get("dtype", self.dtype), of_slice, len(operands))
+        move = Move(apply, shape, kept.get("dtype", self.dtype), of_slice, len(operands))
         return dataclasses.replace(
             self, operands=(*self.operands, *operands), moves=(*self.moves, move)
         )
 
-    def moves_of_slice(self) -> tuple[_Move, ...] | None:
+    def moves_of_slice(self) -> tuple[Move, ...] | None:
         """The moves of one slice along the leading axis; None where it cannot be cut first."""
         if not self.array.axes or self.array.axes[0] != "stack":
             return None
@@ -246,17 +272,19 @@ class Packed(ArrayLeaf):
 
         return jax.tree.leaves(self.array), rebuild
 
-    def divisible(self) -> "Packed":
+    def divisible(self, spec: PartitionSpec, mesh: Any) -> "Packed | None":
         """The leaf in a form whose arrays can be cut like the weight."""
-        if self.moves:
-            raise NotImplementedError(
-                f"{self.path!r} is quantised and was moved before a shard_map; move it inside."
-            )
+        if self.moves or self.array.uncut_axes(spec, mesh):
+            return None
         return dataclasses.replace(self, array=self.array.divisible())
 
     def specs(self, spec: PartitionSpec) -> "Packed":
         """The packed arrays are cut as the weight is."""
         return dataclasses.replace(self, array=self.array.specs(spec))
+
+    def after_barrier(self) -> "Packed":
+        """The packed arrays have no tangents, whatever the barrier gave them."""
+        return dataclasses.replace(self, array=jax.tree.map(lax.stop_gradient, self.array))
 
 
 def _frozen(array: QuantArray, path: str) -> QuantArray:
@@ -276,222 +304,3 @@ def _frozen(array: QuantArray, path: str) -> QuantArray:
     return jax.tree.map(
         lambda x: identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, array
     )
-
-
-def _dense(value: Any) -> Any:
-    return value.materialise() if isinstance(value, Packed) else value
-
-
-@rule(Packed, "dot_general", "conv_general_dilated", "ragged_dot_general")
-def _product(equation: Equation, *operands: Any) -> Any:
-    """A product with the dense weight, which the backward pass builds again."""
-    if not all(isinstance(x, Packed) for x in operands if is_array_leaf(x)):
-        return NotImplemented  # the other operand is a leaf too, with rules of its own
-
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def multiply(operands: Sequence[Any]) -> jax.Array:
-        return equation.bind(*map(_dense, operands))
-
-    return multiply(list(operands))
-
-
-@rule(Packed, "convert_element_type")
-def _convert_element_type(equation: Equation, leaf: Packed) -> Any:
-    dtype = equation.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return NotImplemented
-    return _elementwise(leaf, lambda x: lax.convert_element_type(x, dtype), dtype)
-
-
-def _elementwise(leaf: Packed, apply: Callable[[jax.Array], jax.Array], dtype: Any = None) -> Any:
-    dtype = dtype or leaf.dtype
-
-    def step(shape: tuple[int, ...]) -> _Move:
-        return _Move(apply, shape, dtype, lambda: step(shape[1:]))
-
-    return dataclasses.replace(leaf, moves=(*leaf.moves, step(leaf.shape)))
-
-
-@rule(Packed, "copy", "copy_p", "stop_gradient", "name", "pvary", "reshard")
-def _as_it_is(equation: Equation, leaf: Packed) -> Packed:
-    return leaf  # it is frozen, and its arrays have placements of their own
-
-
-@rule(Packed, "neg")
-def _neg(equation: Equation, leaf: Packed) -> Any:
-    return _elementwise(leaf, lax.neg)
-
-
-@rule(Packed, "sharding_constraint")
-def _sharding_constraint(equation: Equation, leaf: Packed) -> Packed:
-    sharding = equation.params["sharding"]
-    if leaf.moves or not isinstance(sharding, NamedSharding):
-        return leaf  # where the packed arrays lie, the compiler moves what it must
-    placed = jax.tree.map(
-        lambda x, spec: lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec)),
-        leaf.array,
-        leaf.array.specs(sharding.spec),
-    )
-    return dataclasses.replace(leaf, array=placed)
-
-
-@rule(Packed, "optimization_barrier")
-def _optimization_barrier(equation: Equation, *operands: Any) -> Any:
-    flat, treedef = jax.tree.flatten(list(operands))
-    return jax.tree.unflatten(treedef, equation.bind(*flat))
-
-
-@rule(Packed, "mul", "div")
-def _scale(equation: Equation, left: Any, right: Any) -> Any:
-    leaf, factor = (left, right) if isinstance(left, Packed) else (right, left)
-    if is_array_leaf(factor) or jnp.ndim(factor) or (equation.name == "div" and leaf is right):
-        return NotImplemented
-    apply = lax.div if equation.name == "div" else lax.mul
-
-    def scaled(x: jax.Array, factor: Any) -> jax.Array:
-        return apply(x, jnp.broadcast_to(jnp.asarray(factor, x.dtype), x.shape))
-
-    def step(shape: tuple[int, ...]) -> _Move:
-        return _Move(scaled, shape, leaf.dtype, lambda: step(shape[1:]), 1)
-
-    return dataclasses.replace(
-        leaf, operands=(*leaf.operands, factor), moves=(*leaf.moves, step(leaf.shape))
-    )
-
-
-@rule(Packed, "transpose")
-def _transpose(equation: Equation, leaf: Packed) -> Any:
-    def step(permutation: tuple[int, ...], old: tuple[int, ...]) -> _Move:
-        def of_slice() -> _Move | None:
-            if permutation[0] != 0:
-                return None
-            return step(tuple(axis - 1 for axis in permutation[1:]), old[1:])
-
-        shape = tuple(old[axis] for axis in permutation)
-        return _Move(lambda x: x.transpose(permutation), shape, leaf.dtype, of_slice)
-
-    move = step(tuple(equation.params["permutation"]), leaf.shape)
-    return dataclasses.replace(leaf, moves=(*leaf.moves, move))
-
-
-def _reshaped(leaf: Packed, new: Sequence[int]) -> Packed:
-    def step(old: tuple[int, ...], new: tuple[int, ...]) -> _Move:
-        def of_slice() -> _Move | None:
-            groups = next(iter(reshape_groups(old, new)), None) if old and new else None
-            return step(old[1:], new[1:]) if groups == ((0,), (0,)) else None
-
-        return _Move(lambda x: x.reshape(new), new, leaf.dtype, of_slice)
-
-    return dataclasses.replace(leaf, moves=(*leaf.moves, step(leaf.shape, tuple(new))))
-
-
-@rule(Packed, "reshape")
-def _reshape(equation: Equation, leaf: Packed) -> Any:
-    if equation.params["dimensions"] is not None:
-        return NotImplemented
-    return _reshaped(leaf, equation.params["new_sizes"])
-
-
-@rule(Packed, "squeeze")
-def _squeeze(equation: Equation, leaf: Packed) -> Any:
-    gone = tuple(equation.params["dimensions"])
-    if gone == (0,) and (layer := leaf.index_leading(lambda x: x[0], keep=0)):
-        return layer
-    return _reshaped(leaf, [n for axis, n in enumerate(leaf.shape) if axis not in gone])
-
-
-@rule(Packed, "broadcast_in_dim")
-def _broadcast_in_dim(equation: Equation, leaf: Any, *sizes: Any) -> Any:
-    shape = equation.params["shape"]
-    if not isinstance(leaf, Packed) or sizes or math.prod(shape) != math.prod(leaf.shape):
-        return NotImplemented
-    return _reshaped(leaf, shape)  # axes of size 1 are added, nothing is repeated
-
-
-@rule(Packed, "slice")
-def _slice(equation: Equation, leaf: Packed) -> Any:
-    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
-    strides = equation.params["strides"] or (1,) * leaf.ndim
-    return _cut(leaf, tuple(map(slice, starts, limits, strides)))
-
-
-def _cut(leaf: Packed, places: tuple[slice, ...]) -> Packed:
-    whole = [place == slice(0, n, 1) for place, n in zip(places, leaf.shape)]
-    if all(whole[1:]) and (part := leaf.index_leading(lambda x: x[places[0]], keep=1)):
-        return part
-
-    def step(old: tuple[int, ...], places: tuple[slice, ...]) -> _Move:
-        def of_slice() -> _Move | None:
-            return step(old[1:], places[1:]) if places[0] == slice(0, old[0], 1) else None
-
-        shape = tuple(len(range(*place.indices(n))) for place, n in zip(places, old))
-        return _Move(lambda x: x[places], shape, leaf.dtype, of_slice)
-
-    return dataclasses.replace(leaf, moves=(*leaf.moves, step(leaf.shape, places)))
-
-
-@rule(Packed, "split")
-def _split(equation: Equation, leaf: Packed) -> Any:
-    axis, parts, start = equation.params["axis"], [], 0
-    for size in equation.params["sizes"]:
-        places = [slice(0, n, 1) for n in leaf.shape]
-        places[axis] = slice(start, start + size, 1)
-        parts.append(_cut(leaf, tuple(places)))
-        start += size
-    return parts
-
-
-@rule(Packed, "dynamic_slice")
-def _dynamic_slice(equation: Equation, leaf: Any, *starts: Any) -> Any:
-    if not isinstance(leaf, Packed):
-        return NotImplemented
-    sizes = equation.params["slice_sizes"]
-    if sizes[1:] == leaf.shape[1:]:
-        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=starts[0],
-                                slice_size=sizes[0], axis=0)  # fmt: skip
-        if part := leaf.index_leading(cut, keep=1):
-            return part
-    return leaf.with_move(lambda x, *at: lax.dynamic_slice(x, at, sizes), *starts, shape=sizes)
-
-
-@rule(Packed, "gather")
-def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
-    """Picks along the leading axis: rows of a table, or weights of a stack."""
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    if not isinstance(leaf, Packed) or is_array_leaf(indices) or numbers.operand_batching_dims:
-        return NotImplemented
-    picks_leading = (
-        tuple(numbers.start_index_map) == (0,)
-        and tuple(numbers.collapsed_slice_dims) == (0,)
-        and tuple(sizes) == (1, *leaf.shape[1:])
-        and tuple(numbers.offset_dims)
-        == tuple(range(indices.ndim - 1, indices.ndim - 2 + leaf.ndim))
-    )
-    if not picks_leading:
-        return NotImplemented
-    index = jnp.clip(indices[..., 0], 0, leaf.shape[0] - 1)
-    fills = equation.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if leaf.array.axes == ("out", "in"):
-        return _rows(equation, leaf, indices[..., 0], index, fills)
-    if fills:
-        return NotImplemented  # a stack has no weight to pick out of bounds
-    return leaf.index_leading(lambda x: x[index], keep=index.ndim) or NotImplemented
-
-
-def _rows(equation: Equation, leaf: Packed, index: jax.Array, safe: jax.Array, fills: bool) -> Any:
-    """Rows of a table `[rows columns]`, unpacked alone."""
-    moves = tuple(move.of_slice() for move in leaf.moves)
-    if leaf.operands or any(move is None or len(move.shape) != 1 for move in moves):
-        return NotImplemented
-    rows = _frozen(leaf.array, leaf.path).unpack_rows(safe)[..., : leaf.array.shape[1]]
-    for move in moves:
-        assert move is not None
-        apply = move.apply
-        for _ in range(index.ndim):
-            apply = jax.vmap(apply)
-        rows = apply(rows)
-    if not fills:
-        return rows
-    inside = (index >= 0) & (index < leaf.shape[0])
-    fill = equation.params["fill_value"]
-    return jnp.where(inside[..., None], rows, jnp.nan if fill is None else fill).astype(rows.dtype)

@@ -5,7 +5,6 @@ input one factor at a time. Nothing of the weight's size is built.
 """
 
 import dataclasses
-import logging
 import math
 import zlib
 from collections.abc import Sequence
@@ -15,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import Context, Equation, is_array_leaf, rule
+from jlora.leaf import Context, Equation, explicit_sharding, is_array_leaf, rule
 from jlora.lowrank import LowRank, contract
 
 __all__: list[str] = []  # importing this module registers its rules
-
-_LOG = logging.getLogger("jlora")
 
 
 def _product(
@@ -49,16 +47,36 @@ def _product(
         key=lambda order: math.prod(sizes[axis] for axis in axes_between(*order)),
     )
     between = axes_between(first, second)
-    hidden = contract(x, x_axes, *first, between, precision=precision)
+    placed = _placement(out.sharding, between, (x, x_axes), first)
+    hidden = contract(x, x_axes, *first, between, out_sharding=placed, precision=precision)
     update = contract(
         leaf.scaling * hidden,
         between,
         *second,
         out_axes,
+        out_sharding=out.sharding,
         precision=precision,
         preferred_element_type=out.dtype,
     )
     return jnp.broadcast_to(update, out.shape).astype(out.dtype)
+
+
+def _placement(
+    out_sharding: NamedSharding | None, axes: Sequence[Any], *operands: tuple[Any, Sequence[Any]]
+) -> NamedSharding | None:
+    """Where a product on a mesh of Explicit axes is put: where its operands have its axes."""
+    if out_sharding is None:
+        return None
+    places: dict[Any, Any] = {}
+    taken: set[str] = set()
+    for operand, operand_axes in operands:
+        for axis, place in zip(operand_axes, jax.typeof(operand).sharding.spec):
+            names = {place} if isinstance(place, str) else set(place or ())
+            if axis in axes and axis not in places and names and not names & taken:
+                places[axis] = place
+                taken |= names
+    spec = PartitionSpec(*(places.get(axis) for axis in axes))
+    return NamedSharding(out_sharding.mesh, spec)
 
 
 def _owned(factor: jax.Array, axes: Sequence[Any]) -> list[Any]:
@@ -89,8 +107,9 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     x_free = [axis for axis in x_axes if axis not in leaf_axes]
     free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
     base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
-    update = _product(
-        _drop_out(x, leaf, context),
+    x, leaf = _drop_out(x, leaf, context)
+    return base + _product(
+        x,
         x_axes,
         leaf,
         leaf_axes,
@@ -98,24 +117,50 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
         equation.out,
         equation.params["precision"],
     )
-    if (asked := equation.params.get("out_sharding")) is not None:  # on a mesh of Explicit axes
-        update = jax.reshard(update, asked)
-    return base + update
 
 
-def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> jax.Array:
+def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> tuple[jax.Array, LowRank]:
     """Zeroes a share of the product's inputs and scales up the rest, as PEFT does."""
     if leaf.dropout == 0:
-        return x
+        return x, leaf
     if context.key is None:
-        _LOG.info("Dropout of %r is off: adapt got no dropout_key.", leaf.path)
-        return x
-    key = jax.random.fold_in(context.key, np.uint32(zlib.crc32(leaf.path.encode())))
-    key = jax.random.fold_in(key, context.count(leaf.path))  # each use has a mask of its own
+        context.remark(_DROPOUT_IS_OFF, leaf)
+        return x, _warn_of_training(leaf, context)
+    key = context.key
+    if explicit_sharding(jax.typeof(key)) and not explicit_sharding(jax.typeof(x)):
+        key = jax.reshard(key, PartitionSpec())  # x is inside jax.sharding.auto_axes
+    key = jax.random.fold_in(key, np.uint32(zlib.crc32(leaf.name().encode())))
+    key = jax.random.fold_in(key, context.count(leaf.name()))  # each use has a mask of its own
     for axis in sorted(getattr(jax.typeof(x), "vma", ())):  # and each shard, inside shard_map
         key = jax.random.fold_in(key, lax.axis_index(axis))
     kept = jax.random.bernoulli(key, 1 - leaf.dropout, x.shape)
-    return jnp.where(kept, x / (1 - leaf.dropout), 0).astype(x.dtype)
+    return jnp.where(kept, x / (1 - leaf.dropout), 0).astype(x.dtype), leaf
+
+
+_DROPOUT_IS_OFF = (
+    "Dropout is off for %s: adapt got no dropout_key. That is right for evaluation; to train, call "
+    "jlora.adapt(fn, dropout_key=key) with a fresh key each step."
+)
+
+
+def _warn_of_training(leaf: LowRank, context: Context) -> LowRank:
+    """The leaf, with a warning as soon as its factors are differentiated without dropout."""
+
+    @jax.custom_jvp
+    def watched(factor: jax.Array) -> jax.Array:
+        return factor
+
+    @watched.defjvp
+    def differentiate(primals: Any, tangents: Any) -> Any:
+        context.warn_once(
+            "training without dropout",
+            f"{leaf.name()!r} was made with dropout={leaf.dropout}, and its adapter is being "
+            "trained without: adapt got no dropout_key. Pass a fresh key each step, "
+            "jlora.adapt(fn, dropout_key=key), or make the adapters with dropout=0.",
+        )
+        return primals[0], tangents[0]
+
+    return dataclasses.replace(leaf, u=watched(leaf.u), v=watched(leaf.v))
 
 
 @rule(LowRank, "gather")
@@ -153,6 +198,7 @@ def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
         v.astype(leaf.dtype),
         [*axes, "rank"],
         out_axes,
+        out_sharding=equation.out.sharding,
         preferred_element_type=equation.out.dtype,
     )
     return base + jnp.broadcast_to(update, equation.out.shape).astype(equation.out.dtype)
@@ -204,19 +250,18 @@ def _convolution(equation: Equation, x: Any, leaf: Any) -> Any:
     groups = params["feature_group_count"]
     if is_array_leaf(x) or params["batch_group_count"] != 1:
         return NotImplemented
-    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
-    if u.shape[out_axis] > 1:
-        u, v = v, u
-    if u.shape[out_axis] > 1 or any(v.shape[axis] > 1 for axis in (in_axis, *spatial)):
+    if leaf.u.shape[out_axis] > 1:
+        leaf = dataclasses.replace(leaf, u=leaf.v, v=leaf.u)
+    if leaf.u.shape[out_axis] > 1 or any(leaf.v.shape[axis] > 1 for axis in (in_axis, *spatial)):
         return NotImplemented  # the factors are not those of input and output
+    base = equation.bind(x, leaf.w)
+    x, leaf = _drop_out(x, leaf, equation.context)
+    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
     rank = u.shape[-1]
     kernel = jnp.moveaxis(lax.squeeze(u, (out_axis,)), -1, out_axis)
     kernel = jnp.concatenate([kernel] * groups, out_axis)  # every group has its own rank inputs
-    hidden = equation.bind_as(
-        params | {"preferred_element_type": None},
-        _drop_out(x, leaf, equation.context),
-        kernel,
-    )
+    options: Any = params | {"preferred_element_type": None}
+    hidden = lax.conv_general_dilated(x, kernel, **options)
     channel = params["dimension_numbers"].out_spec[1]
     by_group = (*hidden.shape[:channel], groups, rank, *hidden.shape[channel + 1 :])
     v = v.reshape(groups, -1, rank)  # [groups out/groups rank]
@@ -233,7 +278,6 @@ def _convolution(equation: Equation, x: Any, leaf: Any) -> Any:
     )
     spread = (*by_group[:channel], *v.shape[:2], *by_group[channel + 2 :])
     update = jnp.broadcast_to(update, spread)
-    base = equation.bind(x, leaf.w)
     return base + update.reshape(equation.out.shape).astype(equation.out.dtype)
 
 
@@ -258,26 +302,30 @@ def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset
         return NotImplemented
     (group,), (summed,) = numbers.rhs_group_dimensions, w_summed
     (free,) = {0, 1, 2} - {group, summed}
-    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
-    if v.shape[summed] > 1:
-        u, v = v, u
-    if u.shape[free] > 1 or v.shape[summed] > 1:
+    if leaf.v.shape[summed] > 1:
+        leaf = dataclasses.replace(leaf, u=leaf.v, v=leaf.u)
+    if leaf.u.shape[free] > 1 or leaf.v.shape[summed] > 1:
         return NotImplemented
+    base = equation.bind(x, leaf.w, group_sizes)
+    x, leaf = _drop_out(x, leaf, equation.context)
+    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
     num_groups, rank = leaf.shape[group], u.shape[-1]
     u = u.transpose(group, summed, 3, free).reshape(u.shape[group], -1, rank)
     v = v.transpose(group, summed, 3, free).reshape(v.shape[group], rank, -1)
     u, v = (jnp.broadcast_to(f, (num_groups, *f.shape[1:])) for f in (u, v))
     u = jnp.broadcast_to(u, (num_groups, leaf.shape[summed], rank))
     v = jnp.broadcast_to(v, (num_groups, rank, leaf.shape[free]))
-    rows = _drop_out(x, leaf, equation.context)
-    rows = rows if tuple(x_summed) == (1,) else rows.T
+    rows = x if tuple(x_summed) == (1,) else x.T
     precision = equation.params["precision"]
-    hidden = lax.ragged_dot(rows, u, group_sizes, precision=precision)
+    axes = ["group", "in", "rank"]
+    placed = _placement(equation.out.sharding, ["row", "rank"], (rows, ["row", "in"]), (u, axes))
+    hidden = lax.ragged_dot(rows, u, group_sizes, precision=precision, out_sharding=placed)
     update = lax.ragged_dot(
         leaf.scaling * hidden,
         v,
         group_sizes,
         precision=precision,
         preferred_element_type=equation.out.dtype,
+        out_sharding=equation.out.sharding,
     )
-    return equation.bind(x, leaf.w, group_sizes) + update.astype(equation.out.dtype)
+    return base + update.astype(equation.out.dtype)

@@ -1,12 +1,13 @@
 """A frozen base in fewer bits: formats, and how a parameter tree gets into them and out again.
 
 `quantize` replaces chosen weights of a tree by leaves that stand for them; `adapt` runs a function
-on such a tree, `init` puts adapters on top. What a function does with a leaf is in `packed.py`, the
-arithmetic of NF4 in `nf4.py`.
+on such a tree, `init` puts adapters on top. What a function does with a leaf is in
+`packed_rules.py`, the arithmetic of NF4 in `nf4.py`.
 """
 
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jlora import nf4, tree
+from jlora import packed_products as _products  # noqa: F401  registers rules
+from jlora import packed_rules as _rules  # noqa: F401
 from jlora.leaf import is_array_leaf
 from jlora.lora_config import Axis, LoraConfig
 from jlora.packed import QuantArray, weight_to_matrices
@@ -32,10 +36,13 @@ __all__ = [
     "NF4Array",
     "QuantArray",
     "dequantize",
+    "format_of",
     "pack_weight",
+    "placements",
     "quantize",
 ]
 
+_LOG = logging.getLogger("jlora")
 Format = Literal["nf4", "int8", "float8"]
 
 
@@ -349,3 +356,22 @@ def bits_per_parameter(leaf: QuantArray) -> float:
     """What a quantised weight takes, counted from its arrays."""
     stored = sum(8 * np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(leaf))
     return stored / math.prod(leaf.shape)
+
+
+def format_of(leaf: QuantArray) -> str:
+    """The format of a quantised weight, as `quantize` calls it."""
+    return {NF4Array: "nf4", Int8Array: "int8", Float8Array: "float8"}[type(leaf)]
+
+
+def placements(leaf: QuantArray, sharding: NamedSharding) -> Any:
+    """The leaf with a sharding in place of each array, for a weight that is placed by `sharding`.
+
+    No block, whose elements share a scale, is ever cut: an axis that the packed form cannot cut
+    there is replicated, and the log says so.
+    """
+    for axis in leaf.uncut_axes(sharding.spec, sharding.mesh):
+        _LOG.warning(
+            "Axis %d of a %s %s is replicated: its packed form has no place to cut it by %s.",
+            axis, type(leaf).__name__, leaf.shape, sharding.spec[axis],
+        )  # fmt: skip
+    return leaf.shardings(sharding)

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ from jlora.base import Base, adapt_base, cache_folder, load_base, load_tokenizer
 
 __all__ = [
     "inspect",
-    "is_run",
-    "load_run",
     "lora_config",
     "make_loss",
     "make_optimizer",
@@ -54,9 +51,11 @@ def lora_config(run: config.RunConfig) -> jlora.LoraConfig:
     return jlora.LoraConfig(**run.lora.model_dump())
 
 
-def make_loss(base: Base, lora: jlora.LoraConfig) -> train.LossFn:
-    """The loss of a batch as `data.Batches` gives it."""
-    return objective.make_loss(base.model, base.params, lora)
+def make_loss(
+    base: Base, lora: jlora.LoraConfig, *, chunk_tokens: int | None = None
+) -> train.LossFn:
+    """The loss of a batch as `data.Batches` gives it; `chunk_tokens` as in `objective`."""
+    return objective.make_loss(base.model, base.params, lora, chunk_tokens=chunk_tokens)
 
 
 def make_optimizer(
@@ -234,12 +233,15 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
         run.model.path,
         dtype=run.model.dtype,
         remat=run.model.remat,
+        unroll=run.model.unroll,
+        quantize=run.model.quantize,
+        cache=run.model.cache,
         tokenizer=tokenizer,
     )
     # A target that matches nothing need not wait for the weights, which may take minutes.
     base = adapt_base(load(weights=False), lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
-    if weights and isinstance(jax.tree.leaves(base.params)[0], jax.ShapeDtypeStruct):
+    if weights:
         base = adapt_base(load(), lora, jax.random.key(run.seed))
     metadata = {"lora": json.loads(lora.to_json()), "data_sha256": _digest(examples, held_out)}
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
@@ -257,7 +259,7 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
         state = restored.tree
         progress = train.Progress(**restored.metadata["progress"])
         say(f"Resuming at step {restored.step} of {job.steps}.")
-    loss_fn = make_loss(job.base, lora)
+    loss_fn = make_loss(job.base, lora, chunk_tokens=run.train.head_chunk_tokens)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(job.steps)), np.float64)
     log = report.MetricsLog(
         run.folder / "metrics.jsonl", resume_at=None if restored is None else restored.step
@@ -403,48 +405,3 @@ def _prompt_length(example: data.Example) -> int:
     trained = np.flatnonzero(example.loss_mask[1:]) + 1
     first = int(trained[0]) if len(trained) else len(example)
     return first if first > 1 else max(1, len(example) // 2)
-
-
-# A run that is there
-
-
-def is_run(folder: str | os.PathLike[str]) -> bool:
-    """Whether this is the folder of a run."""
-    folder = Path(folder)
-    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
-
-
-def load_run(
-    folder: str | os.PathLike[str], say: Say, *, dtype: str | None = None
-) -> tuple[Base, jlora.LoraConfig]:
-    """Loads the base model of a run with its adapter: the result, or the newest checkpoint's.
-
-    Args:
-      folder: of the run.
-      say: told which checkpoint is used if the run is not finished.
-      dtype: of the base; None for that of the run.
-    """
-    folder = Path(folder)
-    if not is_run(folder):
-        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml.")
-    run = config.load(folder / "config.yaml")
-    base = load_base(run.model.path, dtype=dtype or run.model.dtype)
-    if (folder / "result.json").exists():
-        params, lora = peft.load(folder / "adapter", base.params)
-        return dataclasses.replace(base, params=params), lora
-    lora = lora_config(run)
-    base = adapt_base(base, lora, jax.random.key(run.seed))
-    trainable, frozen = jlora.split(base.params, lora)
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
-    with contextlib.closing(
-        checkpoint.Checkpoints(folder / "checkpoints", read_only=True, on_message=say)
-    ) as checkpoints:
-        tx, _ = make_optimizer(run, lora, run.train.steps or run.optim.warmup_steps + 1)
-        template = train.init_state(trainable, tx)
-        restored = checkpoints.restore(template, expect={"lora": json.loads(lora.to_json())})
-    if restored is None:
-        raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
-    say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
-    params = jlora.combine(restored.tree.trainable, frozen)
-    return dataclasses.replace(base, params=params), lora

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlora import tree
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray
-from jlora.quant import QuantArray
+from jlora.quant import QuantArray, placements
 from jlora.tree import Pattern
 
 __all__ = ["Rules", "follow", "shardings"]
@@ -77,7 +77,7 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
         if not isinstance(sharding, NamedSharding):
             raise ValueError(f"Adapters follow NamedShardings of the base, got a {sharding}.")
         if isinstance(leaf, QuantArray):
-            return _follow_packed(leaf, sharding)
+            return placements(leaf, sharding)
         places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
 
         def cut(role: str) -> list[Any]:
@@ -86,34 +86,12 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
         a = PartitionSpec(*cut("stack"), *cut("in"), None)
         b = PartitionSpec(*cut("stack"), None, *cut("out"))
         a, b = (NamedSharding(sharding.mesh, spec) for spec in (a, b))
-        w = _follow_packed(leaf.w, sharding) if isinstance(leaf.w, QuantArray) else sharding
+        w = placements(leaf.w, sharding) if isinstance(leaf.w, QuantArray) else sharding
         return dataclasses.replace(
             leaf, w=w, a=None if leaf.a is None else a, b=None if leaf.b is None else b
         )
 
     return jax.tree.map(extend, params, base, is_leaf=is_array_leaf)
-
-
-def _follow_packed(leaf: QuantArray, sharding: NamedSharding) -> Any:
-    """The placement of packed arrays: no block, whose elements share a scale, is ever cut."""
-    mesh = sharding.mesh
-    places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
-    column = leaf.axes.index("in")
-    if (parts := _num_parts(places[column], mesh)) and leaf.num_units() % parts:
-        _LOG.warning(
-            "Axis %d of a %s %s is replicated: its %d blocks do not divide by the %d parts of %s.",
-            column, type(leaf).__name__, leaf.shape, leaf.num_units(), parts, places[column],
-        )  # fmt: skip
-        places[column] = None
-    specs = leaf.specs(PartitionSpec(*places))
-    return jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), leaf, specs)
-
-
-def _num_parts(place: Any, mesh: Any) -> int:
-    if place is None or place is PartitionSpec.UNCONSTRAINED:
-        return 0
-    names = (place,) if isinstance(place, str) else tuple(place)
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def _fit(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:

@@ -7,6 +7,7 @@ import jax
 
 from jlora import tree
 from jlora.lora import LoraArray, LoraConfig, count_parameters, leaves_by_path
+from jlora.quant import QuantArray, format_of
 
 __all__ = ["Summary", "summary"]
 
@@ -22,6 +23,7 @@ class Summary:
       frozen: parameters that do not.
       trainable_bytes: of the former, as stored.
       frozen_bytes: of the latter, as stored.
+      packed_bytes: the share of the latter in each quantised format, as (format, bytes).
     """
 
     rows: tuple[tuple[str, tuple[int, ...], str, int], ...]
@@ -29,6 +31,7 @@ class Summary:
     frozen: int
     trainable_bytes: int
     frozen_bytes: int
+    packed_bytes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         cells = [("weight", "shape", "trains", "parameters")]
@@ -42,9 +45,11 @@ class Summary:
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
         share = 100 * self.trainable / (self.trainable + self.frozen)
+        packed = "".join(f", {_megabytes(n)} of it in {fmt}" for fmt, n in self.packed_bytes)
         total = (
             f"{self.trainable:,} trainable parameters ({_megabytes(self.trainable_bytes)}), "
-            f"{self.frozen:,} frozen ({_megabytes(self.frozen_bytes)}): {share:.3f} % train."
+            f"{self.frozen:,} frozen ({_megabytes(self.frozen_bytes)}{packed}): "
+            f"{share:.3f} % train."
         )
         return "\n".join([*lines, total])
 
@@ -68,9 +73,22 @@ def summary(params: Any, config: LoraConfig) -> Summary:
     for path, leaf in leaves_by_path(params).items():
         if isinstance(leaf, LoraArray):
             how = f"rank {leaf.rank}, scaling {leaf.scaling:g}"
+            if isinstance(leaf.w, QuantArray):
+                how += f", on {format_of(leaf.w)}"
             rows.append((path, leaf.shape, how, leaf.a.size + leaf.b.size))
         elif any(tree.matches(pattern, path) for pattern in config.train):
             rows.append((path, tuple(leaf.shape), "whole", leaf.size))
     trainable, frozen = count_parameters(params, config)
     trainable_bytes, frozen_bytes = count_parameters(params, config, _stored_bytes)
-    return Summary(tuple(rows), trainable, frozen, trainable_bytes, frozen_bytes)
+    return Summary(
+        tuple(rows), trainable, frozen, trainable_bytes, frozen_bytes, _packed_bytes(params)
+    )
+
+
+def _packed_bytes(params: Any) -> tuple[tuple[str, int], ...]:
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantArray)):
+        if isinstance(leaf, QuantArray):
+            fmt = format_of(leaf)
+            sizes[fmt] = sizes.get(fmt, 0) + _stored_bytes(leaf)
+    return tuple(sizes.items())

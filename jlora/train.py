@@ -77,6 +77,15 @@ def cross_entropy(
     return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0)), jnp.sum(weights)
 
 
+def _cross_entropy_slope(logits: jax.Array, targets: jax.Array, loss_mask: jax.Array) -> jax.Array:
+    """The gradient of `cross_entropy`'s sum, as one elementwise expression of the logits."""
+    logits = logits.astype(jnp.float32)
+    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    is_target = is_target == targets[..., None]
+    weights = loss_mask.astype(jnp.float32)[..., None]
+    return jnp.where(weights > 0, (jax.nn.softmax(logits) - is_target) * weights, 0.0)
+
+
 def head_cross_entropy(
     head: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,
@@ -85,6 +94,7 @@ def head_cross_entropy(
     *,
     chunk_tokens: int = 1024,
     head_is_frozen: bool = False,
+    narrow_head: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`cross_entropy(head(hidden), ...)` that never holds all logits.
 
@@ -99,6 +109,9 @@ def head_cross_entropy(
       chunk_tokens: tokens that go through `head` together.
       head_is_frozen: promises that no gradient is asked for through what `head` closes over, and
         no second derivative. The gradient of `hidden` is then taken on the way forward.
+      narrow_head: `head` with logits in the dtype of `hidden`. The gradient of a frozen head then
+        goes back through this one, rounded to that dtype: float32 logits would make its product,
+        and a copy of the head, float32.
 
     Returns:
       As `cross_entropy` does.
@@ -123,8 +136,12 @@ def head_cross_entropy(
 
     def add_frozen_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
         def compute() -> tuple[jax.Array, jax.Array]:
-            (loss, _), slope = jax.value_and_grad(chunk_loss, has_aux=True)(*chunk)
-            return loss, slope
+            states, *rest = chunk
+            logits = head(states)
+            back = jax.vjp(narrow_head or head, states)[1]
+            slope = _cross_entropy_slope(logits, *rest)
+            slope = slope.astype(logits.dtype if narrow_head is None else states.dtype)
+            return cross_entropy(logits, *rest)[0], back(slope)[0]
 
         def skip() -> tuple[jax.Array, jax.Array]:
             return jnp.float32(0), jnp.zeros_like(chunk[0])

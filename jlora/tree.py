@@ -5,6 +5,7 @@ A path reads `layers/self_attn/q_proj/kernel` whatever the tree was built with: 
 dataclasses, lists and plain dicts.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import re
@@ -133,11 +134,55 @@ def combine(*trees: Any) -> Any:
     Raises:
       ValueError: if two trees hold the same leaf, or their structures differ.
     """
-
-    def pick(path: str, *leaves: Any) -> Any:
+    flat = [jax.tree.flatten(tree, is_leaf=_is_hole) for tree in trees]
+    treedef = flat[0][1]
+    if any(other != treedef for _, other in flat):
+        path, nodes = _first_difference(trees)
+        raise ValueError(
+            f"The trees differ at {'/'.join(map(_segment, path)) or 'the top'!r}: "
+            f"{' against '.join(map(_describe, nodes))}. combine joins the halves that jlora.split "
+            "cut from one tree with one config."
+        )
+    joined = []
+    for index, leaves in enumerate(zip(*(leaves for leaves, _ in flat))):
         present = [leaf for leaf in leaves if leaf is not None]
         if len(present) > 1:
-            raise ValueError(f"Both trees hold a leaf at {path!r}; combine joins disjoint trees.")
-        return present[0] if present else None
+            raise ValueError(
+                f"Several trees hold a leaf at {leaf_paths(trees[0], _is_hole)[index]!r}. combine "
+                "joins the halves that jlora.split cut from one tree with one config."
+            )
+        joined.append(present[0] if present else None)
+    return jax.tree.unflatten(treedef, joined)
 
-    return map_with_path(pick, *trees, is_leaf=lambda leaf: leaf is None)
+
+def _is_hole(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _first_difference(nodes: Sequence[Any]) -> tuple[tuple[Any, ...], Sequence[Any]]:
+    """The key path of the first node at which trees differ, and what each of them has there."""
+
+    def children(node: Any) -> tuple[list[Any], Any]:
+        return jax.tree_util.tree_flatten_with_path(
+            node, is_leaf=lambda x: x is None or x is not node
+        )
+
+    below, treedefs = zip(*map(children, nodes))
+    if all(treedef == treedefs[0] for treedef in treedefs):
+        for branch in zip(*below):
+            inner = [node for _, node in branch]
+            structures = {jax.tree.structure(node, is_leaf=_is_hole) for node in inner}
+            if len(structures) > 1:
+                path, found = _first_difference(inner)
+                return (*branch[0][0], *path), found
+    return (), nodes
+
+
+def _describe(node: Any) -> str:
+    name = type(node).__name__
+    if dataclasses.is_dataclass(node):
+        static = (f for f in dataclasses.fields(node) if f.metadata.get("static"))
+        return f"{name}({', '.join(f'{f.name}={getattr(node, f.name)!r}' for f in static)})"
+    if hasattr(node, "dtype") and hasattr(node, "shape"):
+        return f"{node.dtype}{list(node.shape)}"
+    return f"{name} with {sorted(map(str, node))}" if isinstance(node, dict) else name

@@ -58,6 +58,9 @@ class WeightUse:
 def find_weights(fn: Callable[..., Any], params: Any, *args: Any) -> dict[str, WeightUse]:
     """Reads off how `fn(params, *args)` uses each array of `params`.
 
+    A table read row by row in a loop does not count as an embedding: its jaxpr is that of a stack
+    of biases read layer by layer. To adapt it, give its `axes`.
+
     Args:
       fn: a function of a parameter tree and further arguments.
       params: arrays or `ShapeDtypeStruct`s; nothing is computed with them.
@@ -117,7 +120,7 @@ def _arrays_of(values: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 def _probe(leaf: Any, sink: "_Sink") -> Any:
     if not _is_array(leaf):
         return leaf
-    return _Probe(leaf, "", tuple((axis,) for axis in range(leaf.ndim)), sink)
+    return _Probe(leaf, (), tuple((axis,) for axis in range(leaf.ndim)), sink)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,8 @@ class _Recorder(Context):
 
     def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
         kind: Kind = "elementwise" if primitive in _ELEMENTWISE else "other"
-        self.uses[leaf.name(), self.scope, primitive] = _Use(leaf.name(), primitive, kind)
+        for name in leaf.names():
+            self.uses[name, self.scope, primitive] = _Use(name, primitive, kind)
         return leaf.materialise()
 
     def captured(self, leaf: ArrayLeaf) -> None:
@@ -159,10 +163,13 @@ class _Recorder(Context):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Probe(ArrayLeaf):
-    """A weight that remembers which of its own axes each axis that it shows came from."""
+    """A weight that remembers which of its own axes each axis that it shows came from.
+
+    `weights` are its path and its share of the array: several, once the function joined some.
+    """
 
     array: jax.Array
-    path: str = dataclasses.field(metadata={"static": True})
+    weights: tuple[tuple[str, float], ...] = dataclasses.field(metadata={"static": True})
     axes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
     sink: _Sink = dataclasses.field(metadata={"static": True})
 
@@ -178,10 +185,13 @@ class _Probe(ArrayLeaf):
         return self.array
 
     def enter(self, path: str) -> "_Probe":
-        return dataclasses.replace(self, path=path)
+        return dataclasses.replace(self, weights=((path, 1.0),))
 
     def name(self) -> str:
-        return self.path
+        return " + ".join(self.names())
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(path for path, _ in self.weights)
 
     def unstack(self) -> Any:
         return self.array, lambda part: dataclasses.replace(self, array=part, axes=self.axes[1:])
@@ -206,15 +216,16 @@ class _Probe(ArrayLeaf):
     ) -> None:
         contracted = self.original(contracted)
         free = tuple(axis for axis in self.original(free) if axis not in contracted)
-        self.sink.uses[self.path, equation.identity] = _Use(
-            self.path,
-            equation.name,
-            kind,
-            contracted,
-            free,
-            multiply_adds * equation.context.trips,
-            still_a_weight,
-        )
+        for path, share in self.weights:
+            self.sink.uses[path, equation.identity] = _Use(
+                path,
+                equation.name,
+                kind,
+                contracted,
+                free,
+                round(multiply_adds * share) * equation.context.trips,
+                still_a_weight,
+            )
 
 
 def _summarise(path: str, shape: tuple[int, ...], uses: Sequence[_Use], total: int) -> WeightUse:
@@ -328,6 +339,32 @@ def _split(equation: Equation, probe: _Probe) -> Any:
     return [dataclasses.replace(probe, array=part) for part in equation.bind(probe.array)]
 
 
+@rule(_Probe, "concatenate", "stack")
+def _join(equation: Equation, *parts: Any) -> Any:
+    first, *others = probes = [part for part in parts if isinstance(part, _Probe)]
+    if any(probe.axes != first.axes for probe in others):
+        return NotImplemented
+    array = equation.bind(*(part.array if isinstance(part, _Probe) else part for part in parts))
+    weights = tuple(
+        (path, share * math.prod(probe.shape) / math.prod(array.shape))
+        for probe in probes
+        for path, share in probe.weights
+    )
+    axes = list(first.axes)
+    if equation.name == "stack":
+        axes.insert(equation.params["axis"], ())
+    return dataclasses.replace(first, array=array, weights=weights, axes=tuple(axes))
+
+
+@rule(_Probe, "unstack")
+def _unstack(equation: Equation, probe: _Probe) -> Any:
+    axis = equation.params["axis"]
+    axes = (*probe.axes[:axis], *probe.axes[axis + 1 :])
+    return [
+        dataclasses.replace(probe, array=part, axes=axes) for part in equation.bind(probe.array)
+    ]
+
+
 @rule(_Probe, "dynamic_slice")
 def _dynamic_slice(equation: Equation, probe: Any, *starts: Any) -> Any:
     if not isinstance(probe, _Probe):
@@ -424,11 +461,13 @@ class _Explainer(Context):
     missed: list[str] = dataclasses.field(default_factory=list)
 
     def materialise(self, leaf: ArrayLeaf, primitive: str) -> jax.Array:
-        self.dense.setdefault(leaf.name(), {})[primitive] = None
+        for name in leaf.names():
+            self.dense.setdefault(name, {})[primitive] = None
         return leaf.materialise()
 
     def note(self, leaf: ArrayLeaf, primitive: str) -> None:
-        self.low_rank.setdefault(leaf.name(), {})[primitive] = None
+        for name in leaf.names():
+            self.low_rank.setdefault(name, {})[primitive] = None
 
     def captured(self, leaf: ArrayLeaf) -> None:
         self.missed.append(leaf.name())

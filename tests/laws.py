@@ -29,7 +29,7 @@ def is_lora(leaf):
 def assert_adapted_equals_dense(fn, params, *args, rtol=1e-5, gradients=True, **adapt_options):
     """Output and gradients of the adapted function against the dense one's on merged weights."""
     forward = jlora.adapt(fn, **adapt_options)
-    _assert_close(forward(params, *args), fn(jlora.merge_params(params), *args), rtol)
+    assert_close(forward(params, *args), fn(jlora.merge_params(params), *args), rtol)
     if not gradients:
         return
     factors = jax.tree.map(lambda x: (x.a, x.b) if is_lora(x) else None, params, is_leaf=is_lora)
@@ -55,10 +55,11 @@ def assert_adapted_equals_dense(fn, params, *args, rtol=1e-5, gradients=True, **
     with_respect_to = (0, 1) if all(floating) else 0
     got = jax.grad(adapted, with_respect_to)(factors, args)
     wanted = jax.grad(dense, with_respect_to)(factors, args)
-    _assert_close(got, wanted, rtol)
+    assert_close(got, wanted, rtol)
 
 
-def _assert_close(got, wanted, rtol):
+def assert_close(got, wanted, rtol):
+    """Leaf by leaf, relative to the largest element."""
     got, wanted = jax.tree.leaves(got), jax.tree.leaves(wanted)
     assert len(got) == len(wanted)
     for x, y in zip(got, wanted):
@@ -70,6 +71,72 @@ def _assert_close(got, wanted, rtol):
         np.testing.assert_allclose(
             np.asarray(x, np.float64), y, rtol=rtol, atol=rtol * max(scale, 1)
         )
+
+
+def grad_of(fn, params, config, x):
+    """Gradients with respect to the factors and to the input."""
+    trainable, frozen = jlora.split(params, config)
+
+    def loss(trainable, x):
+        return jnp.sum(jnp.sin(fn(jlora.combine(trainable, frozen), x)))
+
+    return jax.grad(loss, (0, 1))(trainable, x)
+
+
+def _doubled(tree):
+    return jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree)
+
+
+def _vmap_over_adapters(fn, params, config, x):
+    trainable, frozen = jlora.split(params, config)
+    return jax.vmap(lambda t: fn(jlora.combine(t, frozen), x))(_doubled(trainable))
+
+
+def _vmap_over_both(fn, params, config, x):
+    trainable, frozen = jlora.split(params, config)
+    return jax.vmap(lambda t, x: fn(jlora.combine(t, frozen), x))(_doubled(trainable), _doubled(x))
+
+
+def _shard_map_over_data(fn, params, config, x):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.P("data")
+
+    def mean_loss_grad(trainable, x):
+        def loss(trainable):
+            out = fn(jlora.combine(trainable, frozen), x)
+            return jax.lax.pmean(jnp.sum(jnp.sin(out)), "data")
+
+        return jax.grad(loss)(trainable)
+
+    trainable, frozen = jlora.split(params, config)
+    return jax.jit(
+        jax.shard_map(mean_loss_grad, mesh=mesh, in_specs=(jax.P(), rows), out_specs=jax.P())
+    )(trainable, x)
+
+
+TRANSFORMATIONS = {
+    "eager": lambda fn, params, config, x: fn(params, x),
+    "jit": lambda fn, params, config, x: jax.jit(lambda x: fn(params, x))(x),
+    "grad": grad_of,
+    "jit of grad": lambda fn, params, config, x: jax.jit(lambda x: grad_of(fn, params, config, x))(
+        x
+    ),
+    "grad of checkpoint": lambda fn, params, config, x: grad_of(
+        lambda params, x: jax.checkpoint(lambda x: fn(params, x))(x), params, config, x
+    ),
+    "jvp": lambda fn, params, config, x: jax.jvp(lambda x: fn(params, x), (x,), (x + 1,)),
+    "vjp": lambda fn, params, config, x: (lambda out, pull: pull(jnp.ones_like(out)))(
+        *jax.vjp(lambda x: fn(params, x), x)
+    ),
+    "linearize": lambda fn, params, config, x: jax.linearize(lambda x: fn(params, x), x)[1](x),
+    "vmap over data": lambda fn, params, config, x: jax.vmap(lambda x: fn(params, x))(_doubled(x)),
+    "vmap over adapters": _vmap_over_adapters,
+    "vmap over both": _vmap_over_both,
+    "scan over data": lambda fn, params, config, x: jax.lax.scan(
+        lambda c, x: (c + 1, fn(params, x)), 0, _doubled(x)
+    ),
+    "shard_map over data": _shard_map_over_data,
+}  # transformations of fn(params, x) in which adapted and dense agree
 
 
 def arrays_of_size(fn, *args, size):

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from jlora import base, cli, config, models, peft, report
+from jlora import base, cli, config, models, peft, report, saved
 from jlora import run as runs
 
 
@@ -254,7 +254,7 @@ def test_a_bfloat16_run_by_epochs_without_held_out_rows(made):
 
 def trained_logits(path, run):
     """Logits of the base with the run's adapter, before any export."""
-    loaded, lora = runs.load_run(run, lambda text: None)
+    loaded, lora = saved.load_run(run, lambda text: None)
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 200, (2, 12)))
     return tokens, loaded.forward(loaded.params, tokens), loaded, lora
 

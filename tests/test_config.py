@@ -93,6 +93,9 @@ def test_differences_name_the_keys_that_change_a_run(smallest):
         ("eval.every=5", ["data.validation"]),
         ("eval.patience=5", ["data.validation"]),
         ("model.path=null", ["model.path: got null", "a text"]),
+        ("model.remat=keep:mlp", ['model.remat: got "keep:mlp"', "expected one of", "gate_proj"]),
+        ("model.unroll=0", ["model.unroll: got 0"]),
+        ("train.head_chunk_tokens=0", ["train.head_chunk_tokens: got 0"]),
     ],
 )
 def test_a_bad_value_is_refused_by_key(smallest, override, words):

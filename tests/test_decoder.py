@@ -171,31 +171,37 @@ def test_greedy_text_with_the_cache_equals_that_without(apply):
     np.testing.assert_array_equal(jnp.concatenate(generated, axis=1), expected)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_no_gradient(params, remat):
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [("none", 3), ("dots", 1), ("dots", 3), ("full", 2), ("keep:attention,q_proj", 3)],
+)
+def test_neither_rematerialisation_nor_unrolling_changes_a_gradient(params, remat, unroll):
     tokens = random_tokens(2, 24)
 
     def grad(config):
         def loss(params):
             return jnp.square(Decoder(config).apply({"params": params}, tokens)).mean()
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.grad(loss)(params)
 
     expected = grad(CONFIG)
-    given = grad(dataclasses.replace(CONFIG, remat=remat))
+    given = grad(dataclasses.replace(CONFIG, remat=remat, unroll=unroll))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), given, expected
     )
 
 
-def test_dots_keeps_more_than_full_and_less_than_none(params):
+def test_a_policy_keeps_what_it_says(params):
     tokens = random_tokens(4, 64)
     sizes = {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "keep:attention,q_proj", "attention", "full"):
         model = Decoder(dataclasses.replace(CONFIG, remat=remat))
         _, vjp = jax.vjp(lambda p, m=model: m.apply({"params": p}, tokens).sum(), params)
         sizes[remat] = sum(x.nbytes for x in jax.tree.leaves(vjp))
-    assert sizes["full"] < sizes["dots"] < sizes["none"]
+    assert sorted(sizes, key=sizes.__getitem__, reverse=True) == list(sizes)
+    row = 4 * 3 * 4 * 64  # bytes of a number for each layer and token
+    assert sizes["attention"] - sizes["full"] == 32 * row
+    assert sizes["keep:attention,q_proj"] - sizes["attention"] == 32 * row
 
 
 def test_no_score_is_kept_for_the_backward_pass(params):
@@ -335,6 +341,8 @@ def test_a_config_refuses_what_cannot_be():
         ({"num_kv_heads": 3}, "num_kv_heads must divide"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"remat": "some"}, "remat must be"),
+        ({"remat": "keep:q_porj"}, "remat must be"),
+        ({"unroll": 0}, "unroll"),
         ({"num_layers": 0}, "num_layers must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -24,6 +25,24 @@ def test_the_example_of_the_readme_trains():
     after = names["dense"]
     assert jax.tree.structure(after) == jax.tree.structure({"up": 0, "down": 0})
     assert not jnp.array_equal(after["down"], before["down"].w)
+
+
+def test_the_examples_of_the_qlora_page_run(tmp_path, monkeypatch):
+    import tiny
+
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "qlora.md").read_text(), re.DOTALL)
+    tiny.write_model(tmp_path / "path" / "to" / "model")
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "mesh": jax.make_mesh((1, 2), ("data", "model"), devices=jax.devices()[:2]),
+        "NamedSharding": jax.sharding.NamedSharding,
+        "P": jax.sharding.PartitionSpec,
+    }
+    for block in code:
+        exec(block, names)
+    np.testing.assert_array_equal(names["merged"]["up"], names["dense"]["up"])  # b is zero
+    codes = names["params"]["layers"]["mlp"]["up_proj"]["kernel"].codes
+    assert codes.addressable_shards[0].data.shape[1] == codes.shape[1] // 2
 
 
 @pytest.mark.parametrize("module", ["leaf", "interpret", "usage", "optim"])

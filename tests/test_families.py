@@ -16,6 +16,7 @@ from jlora import models
 from jlora.generate import generate
 from jlora.models import hf, hf_config
 from jlora.models.decoder import Decoder, Experts, init_cache
+from jlora.quant import QuantArray
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -351,6 +352,26 @@ def test_experts_stacked_in_the_file_are_read_too(load, tmp_path, name):
     assert_equal_trees(hf.load(tmp_path / "stacked")[1], load(name)[1])
 
 
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])
+def test_a_quantised_load_packs_projections_and_experts_but_no_router(load, folders, name):
+    model, params = load(name)
+    _, packed = models.load(folders(name), quantize="int8")
+    is_packed = lambda leaf: isinstance(leaf, QuantArray)  # noqa: E731
+    for path, leaf in jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_packed):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        inside = path.startswith("layers/") and path.endswith("/kernel")
+        assert is_packed(leaf) == (inside and "/gate/" not in path), path
+    tokens = inputs()[0][:1]
+    run = jlora.adapt(lambda p, tokens: model.apply({"params": p}, tokens))
+    dense = jax.tree.map(
+        lambda x: x.materialise() if is_packed(x) else x, packed, is_leaf=is_packed
+    )
+    for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, atol=0.01)
+    expected = model.apply({"params": dense}, tokens)
+    np.testing.assert_allclose(run(packed, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
 def adapted(name, model, params):
     """The model's function, and its parameters with adapters whose `b` is not zero."""
     tokens, _ = inputs()
@@ -415,7 +436,7 @@ def test_gradients_of_adapters_do_not_depend_on_how_layers_are_run(load, name):
 
     expected = grad()
     assert all((np.abs(x).max(axis=(-1, -2)) > 0).all() for x in expected)
-    for changes in ({"remat": "full"}, {"unroll": 2}):
+    for changes in ({"remat": "full"}, {"unroll": 2}, {"remat": "full", "unroll": 99}):
         for a, b in zip(grad(**changes), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 

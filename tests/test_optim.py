@@ -101,3 +101,56 @@ def test_lora_fa_steps_the_product_along_the_projected_dense_gradient():
     stepped = scaling * jnp.einsum("sir,sro->sio", a, updates["w"].b)
     projector = jnp.einsum("sir,srj->sij", a, jnp.linalg.pinv(a))
     np.testing.assert_allclose(stepped, -projector @ dense, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_fa_takes_the_steps_of_pefts_optimizer(monkeypatch):
+    torch = pytest.importorskip("torch", reason="the reference is PEFT on PyTorch")
+    peft = pytest.importorskip("peft", reason="the reference is PEFT on PyTorch")
+    from peft.optimizers import create_lorafa_optimizer, lorafa
+
+    monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)  # else it rounds to bfloat16
+    torch.manual_seed(0)
+    rank, alpha, rate = 3, 6, 0.05
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.Tanh(),
+                                torch.nn.Linear(5, 4, bias=False))  # fmt: skip
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0", "2"])
+    model = peft.get_peft_model(model, settings)
+    optimizer = create_lorafa_optimizer(model, r=rank, lora_alpha=alpha, lr=rate)
+    for group in optimizer.param_groups:
+        group["eps"] = 1e-12  # PEFT adds it before the bias correction, optax after it
+    layers = [model.base_model.model[i] for i in (0, 2)]
+
+    def read(tensor):
+        return jnp.asarray(tensor.detach().numpy().T)
+
+    config = jlora.LoraConfig(rank=rank, alpha=alpha, targets=("0", "1"))
+    params = [
+        jlora.LoraArray(
+            read(layer.base_layer.weight),
+            read(layer.lora_A["default"].weight),
+            read(layer.lora_B["default"].weight),
+            scaling=alpha / rank,
+        )
+        for layer in layers
+    ]
+    trainable, frozen = jlora.split(params, config)
+    tx = jlora.lora_fa(optax.adamw(rate, eps=1e-12, weight_decay=0.0), config)
+    state = tx.init(trainable)
+    forward = jlora.adapt(lambda p, x: jnp.tanh(x @ p[0]) @ p[1])
+    for step in range(5):
+        x = np.random.default_rng(step).normal(size=(7, 6)).astype(np.float32)
+        optimizer.zero_grad()
+        (model(torch.from_numpy(x)) ** 2).mean().backward()
+        optimizer.step()
+        grads = jax.grad(
+            lambda t: jnp.mean(forward(jlora.combine(t, frozen), x) ** 2)  # noqa: B023
+        )(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        for leaf, layer in zip(trainable, layers):
+            np.testing.assert_array_equal(leaf.a, read(layer.lora_A["default"].weight))
+            # Adam divides by the gradients' own size, which amplifies float32's rounding.
+            np.testing.assert_allclose(
+                leaf.b, read(layer.lora_B["default"].weight), rtol=2e-3, atol=2e-5
+            )
+    assert np.abs(trainable[0].b).max() > 3 * rate  # it moved

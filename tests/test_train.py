@@ -116,8 +116,10 @@ def test_an_infinite_loss_outside_the_mask_does_not_spoil_the_sum():
 
 @pytest.mark.parametrize("chunk_tokens", [1, 16, 1000])
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_loss_by_chunks_equals_the_loss_of_all_logits(getkey, chunk_tokens, share, frozen):
+@pytest.mark.parametrize(("frozen", "narrow"), [(False, False), (True, False), (True, True)])
+def test_the_loss_by_chunks_equals_the_loss_of_all_logits(
+    getkey, chunk_tokens, share, frozen, narrow
+):
     hidden = jax.random.normal(getkey(), (3, 11, 4))
     w = jax.random.normal(getkey(), (4, 13))
     targets = jax.random.randint(getkey(), (3, 11), 0, 13)
@@ -131,6 +133,7 @@ def test_the_loss_by_chunks_equals_the_loss_of_all_logits(getkey, chunk_tokens, 
             mask,
             chunk_tokens=chunk_tokens,
             head_is_frozen=frozen,
+            narrow_head=(lambda h: h @ w) if narrow else None,
         )
 
     def whole(hidden, w):

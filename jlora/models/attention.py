@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jlora.models import remat
 
 __all__ = ["cached_attention", "causal_attention"]
 
@@ -42,12 +45,11 @@ def causal_attention(
       An array like `q`.
     """
     options = _Options(window, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    # Only q, k and v are kept for the backward pass, as by cuDNN: scores are computed again.
-    blockwise = jax.checkpoint(functools.partial(_blockwise, options=options), prevent_cse=False)
+    xla = functools.partial(_xla, options=options)
     if not _cudnn_supports(q, k, segment_ids, options):
-        return blockwise(q, k, v, segment_ids)
+        return xla(q, k, v, segment_ids)
     cudnn = functools.partial(_cudnn, options=options)
-    return jax.lax.platform_dependent(q, k, v, segment_ids, cuda=cudnn, default=blockwise)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, cuda=cudnn, default=xla)
 
 
 def cached_attention(
@@ -126,6 +128,14 @@ def _cudnn(
         local_window_size=window,
         implementation="cudnn",
     )
+
+
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, options: _Options
+) -> jax.Array:
+    # Only q, k and v are kept for the backward pass, as by cuDNN: scores are computed again.
+    blockwise = jax.checkpoint(functools.partial(_blockwise, options=options))
+    return checkpoint_name(blockwise(q, k, v, segment_ids), remat.ATTENTION)
 
 
 def _blockwise(

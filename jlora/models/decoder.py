@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models import cache as kv_cache
 from jlora.models import remat, rotary
@@ -101,10 +102,10 @@ class Embedding(nn.Module):
             x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
         return x
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Products with every token's vector, float32."""
+    def attend(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """Products with every token's vector."""
         table = self.embedding.astype(self.config.dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=dtype)
 
 
 class Head(nn.Module):
@@ -113,11 +114,11 @@ class Head(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits, float32."""
+    def __call__(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """Logits."""
         shape = (self.config.hidden_size, self.config.vocab_size)
         kernel = self.param("kernel", normal, shape).astype(self.config.dtype)
-        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
 class Attention(nn.Module):
@@ -212,6 +213,7 @@ class Layer(nn.Module):
           slides: whether this layer does; by default as all do.
         """
         x, cache = carry
+        x = checkpoint_name(x, remat.LAYER_INPUT)
         c = self.config
         if slides is None:
             slides = c.sliding_window is not None
@@ -243,7 +245,7 @@ class Decoder(nn.Module):
         c = self.config
         self.embed_tokens = Embedding(c)
         self.layers = nn.scan(
-            _with_remat(c.remat),
+            _scanned_layer(c.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (flax says int)
@@ -288,11 +290,13 @@ class Decoder(nn.Module):
             return self.head(x)
         return self.head(x[0]), x[1]
 
-    def head(self, x: jax.Array) -> jax.Array:
-        """Logits of hidden states: `[... d]` to `Float32[... vocab]`."""
-        logits = self.embed_tokens.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+    def head(self, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+        """Logits of hidden states: `[... d]` to `[... vocab]`, of `dtype`, summed in float32."""
+        top = self.embed_tokens.attend if self.config.tie_embeddings else self.lm_head
         cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        if cap is None:
+            return top(x, dtype)
+        return (cap * jnp.tanh(top(x, jnp.float32) / cap)).astype(dtype)
 
     def hidden(
         self,
@@ -313,8 +317,7 @@ class Decoder(nn.Module):
                 positions = _positions(tokens, segment_ids)
             last = rotary.last_positions(positions, segment_ids)
             context = _Context(*self._angles(positions, last), segment_ids=segment_ids)
-            (x, _), _ = self._through_layers((self.embed_tokens(tokens), None), context)
-            return self.norm(x)
+            return self.norm(self._through_layers((self.embed_tokens(tokens), None), context)[0])
 
         if padding_mask is None:
             padding_mask = jnp.ones(tokens.shape, bool)
@@ -329,12 +332,27 @@ class Decoder(nn.Module):
         angles = self._angles(positions, slots - 1)
         context = _Context(*angles, mask=mask, local_mask=local_mask, index=cache.index)
         layers = (cache.keys, cache.values, jnp.zeros((), jnp.int32))
-        (x, layers), _ = self._through_layers((self.embed_tokens(tokens), layers), context)
+        x, layers = self._through_layers((self.embed_tokens(tokens), layers), context)
         return self.norm(x), Cache(layers[0], layers[1], valid, cache.index + length)
 
-    def _through_layers(self, carry: Any, context: _Context) -> Any:
-        slides = self.config.sliding_layers
-        return self.layers(carry, context, jnp.asarray(slides) if slides else None)
+    def _through_layers(self, carry: _Carry, context: _Context) -> Any:
+        c = self.config
+        looped = c.unroll < c.num_layers or c.remat == "none" or self.is_initializing()
+        if looped or carry[1] is not None:
+            slides = jnp.asarray(c.sliding_layers) if c.sliding_layers else None
+            return self.layers(carry, context, slides)[0]
+
+        # A loop of Python, where nn.scan would cut all layers out of the stack beforehand: here it
+        # is part of what is computed again, and no slice lives until the backward pass.
+        def run(index: int, stack: Any, carry: _Carry, context: _Context) -> _Carry:
+            params = jax.tree.map(lambda w: jax.lax.index_in_dim(w, index, keepdims=False), stack)
+            layer = Layer(c, parent=None)
+            return layer.apply({"params": params}, carry, context, c.slides[index])[0]
+
+        stack = self.variables["params"]["layers"]
+        for index in range(c.num_layers):
+            carry = remat.wrap(functools.partial(run, index), c.remat)(stack, carry, context)
+        return carry
 
     def _angles(self, positions: jax.Array, last: jax.Array | int) -> tuple[_Angles, _Angles]:
         """Of full layers and of sliding ones; for `last` see `rotary.angles`."""
@@ -345,10 +363,10 @@ class Decoder(nn.Module):
         return angles, rotary.angles(positions, c.rotary_dim, c.local_rope_theta)
 
 
-def _with_remat(name: str) -> type[nn.Module]:
+def _scanned_layer(name: str) -> type[nn.Module]:
     if name == "none":
         return Layer
-    return nn.remat(Layer, policy=remat.POLICIES[name], prevent_cse=False)
+    return nn.remat(Layer, policy=remat.policy(name), prevent_cse=False)
 
 
 def _choose(slides: _Slides, local: Any, full: Any) -> Any:

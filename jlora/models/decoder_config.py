@@ -72,7 +72,7 @@ class DecoderConfig:
       scale_embeddings: whether token vectors are multiplied by the square root of `hidden_size`.
       tie_embeddings: whether the head is the embedding's transpose.
       dtype: of activations and products; statistics, softmax and logits are float32.
-      remat: what the backward pass computes again, a name in `remat.POLICIES`.
+      remat: what the backward pass computes again, a name in `remat.POLICIES` or "keep:...".
       unroll: layers in one iteration of the loop over them. With all of them there is no loop: the
         program is faster, because nothing is copied into stacks, and compiles for longer.
       family: the architecture's name in files, e.g. "llama"; see `hf_config.py`.
@@ -138,8 +138,7 @@ class DecoderConfig:
             )
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation must be 'silu' or 'gelu_tanh', got {self.activation!r}.")
-        if self.remat not in remat.POLICIES:
-            raise ValueError(f"remat must be one of {list(remat.POLICIES)}, got {self.remat!r}.")
+        remat.check(self.remat)
         if self.rope_scaling is not None:
             self.rope_scaling.check(self.rotary_dim)
         self._settle_windows()

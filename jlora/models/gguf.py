@@ -7,7 +7,7 @@ such, and because reading a large vocabulary through `gguf.GGUFReader` takes sec
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import quants
 
-from jlora.models import gguf_tokenizer
+from jlora.models import gguf_tokenizer, weights
 from jlora.models.decoder import DecoderConfig, RopeScaling
+from jlora.quant import Format
 
-__all__ = ["load", "tokenizer_files"]
+__all__ = ["load", "shapes", "tokenizer_files"]
 
 # Does the file keep the rows of q and k in pairs, for interleaved RoPE, as llama.cpp's llama wants?
 _PAIRED_ROPE = {"llama": True, "qwen2": False}
@@ -71,14 +72,20 @@ _KNOWN_KEYS = {
 
 
 def load(
-    path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
+    path: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    quantize: Format | None = None,
+    place: weights.Place | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Reads a llama or qwen2 model.
+    """Reads a llama or qwen2 model, tensor by tensor.
 
     Args:
       path: the `.gguf` file.
       dtype: of the parameters and of the computation; float32 by default, in which the file's
         numbers are exact.
+      quantize: a format for the weights that `weights.is_quantised` names; None for none.
+      place: as in `weights.fill`.
 
     Returns:
       `(config, params)` as `models/decoder.py` has them, layers stacked.
@@ -88,16 +95,25 @@ def load(
       ValueError: if it is not a GGUF file, truncated, or lacks metadata or tensors.
       NotImplementedError: if the model is of a kind that the decoder does not compute.
     """
-    file = _read(Path(path))
-    architecture = file.get("general.architecture")
-    if architecture not in _PAIRED_ROPE:
-        raise NotImplementedError(
-            f"{file.path} holds a model of architecture {architecture!r}; "
-            f"jlora reads {' and '.join(_PAIRED_ROPE)} from GGUF files."
-        )
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    config = _config(file, architecture, dtype)
-    return config, _params(file, config, dtype, _PAIRED_ROPE[architecture])
+    config, sources = _opened(Path(path), dtype, quantize)
+    params: dict[str, Any] = {}
+    for source in sources:
+        _insert(params, source.path, weights.fill(source, place))
+    return config, params
+
+
+def shapes(
+    path: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    quantize: Format | None = None,
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """What `load` gives, with `ShapeDtypeStruct`s for arrays; no weight is read."""
+    config, sources = _opened(Path(path), dtype, quantize)
+    params: dict[str, Any] = {}
+    for source in sources:
+        _insert(params, source.path, source.leaf)
+    return config, params
 
 
 def tokenizer_files(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -350,27 +366,53 @@ def _llama3_scaling(file: _File, architecture: str, head_dim: int) -> RopeScalin
     return scaling
 
 
-def _params(
-    file: _File, config: DecoderConfig, dtype: np.dtype, paired_rope: bool
-) -> dict[str, Any]:
-    """Fills the stacked arrays tensor by tensor, once file and model are known to agree."""
+def _opened(
+    path: Path, dtype: jax.typing.DTypeLike | None, quantize: Format | None
+) -> tuple[DecoderConfig, list[weights.Source]]:
+    """The config and where each parameter is, once file and model are known to agree."""
+    file = _read(path)
+    architecture = file.get("general.architecture")
+    if architecture not in _PAIRED_ROPE:
+        raise NotImplementedError(
+            f"{file.path} holds a model of architecture {architecture!r}; "
+            f"jlora reads {' and '.join(_PAIRED_ROPE)} from GGUF files."
+        )
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    config = _config(file, architecture, dtype)
     shapes = _shapes(config)
     _check_tensors(file, config, shapes)
-    params: dict[str, Any] = {}
-    for name, path in _OTHER_TENSORS.items():
-        if path in shapes:
-            _insert(params, path, jnp.asarray(_oriented(file.array(name), path), dtype))
-    for name, path in _LAYER_TENSORS.items():
-        if path not in shapes:
-            continue
-        stacked = np.empty((config.num_layers, *shapes[path]), dtype)
-        for layer in range(config.num_layers):
-            array = file.array(f"blk.{layer}.{name}")
-            if paired_rope and name.startswith(("attn_q.", "attn_k.")):
-                array = _unpair(array, config.head_dim)
-            stacked[layer] = _oriented(array, path)
-        _insert(params, f"layers/{path}", jnp.asarray(stacked))
-    return params
+    sources = []
+
+    def add(path: str, shape: tuple[int, ...], layers: list[Any], stacked: bool) -> None:
+        form = "transposed" if path.endswith("kernel") else "plain"
+        leaf = weights.plan(path, shape, dtype, quantize)
+        sources.append(weights.Source(path, leaf, layers, form, stacked))
+
+    for name, path_there in _OTHER_TENSORS.items():
+        if path_there in shapes:
+            add(path_there, shapes[path_there], [_reader(file, name)], stacked=False)
+    for name, path_there in _LAYER_TENSORS.items():
+        if path_there in shapes:
+            paired = _PAIRED_ROPE[architecture] and name.startswith(("attn_q.", "attn_k."))
+            head_dim = config.head_dim if paired else None
+            names = [f"blk.{layer}.{name}" for layer in range(config.num_layers)]
+            add(
+                f"layers/{path_there}",
+                (config.num_layers, *shapes[path_there]),
+                [_reader(file, layer_name, head_dim) for layer_name in names],
+                stacked=True,
+            )
+    return config, sources
+
+
+def _reader(file: _File, name: str, head_dim: int | None = None) -> Callable[[], list[np.ndarray]]:
+    """Reads a tensor; with `head_dim` its rows are in pairs."""
+
+    def read() -> list[np.ndarray]:
+        array = file.array(name)
+        return [array if head_dim is None else _unpair(array, head_dim)]
+
+    return read
 
 
 def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -428,17 +470,13 @@ def _check_tensors(
             )
 
 
-def _oriented(array: np.ndarray, path: str) -> np.ndarray:
-    return array.T if path.endswith("kernel") else array
-
-
 def _unpair(array: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of each head from x0 y0 x1 y1 ..., as the file has them, to x0 x1 ... y0 y1 ..."""
     pairs = array.reshape(-1, head_dim // 2, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
-def _insert(tree: dict[str, Any], path: str, leaf: jax.Array) -> None:
+def _insert(tree: dict[str, Any], path: str, leaf: Any) -> None:
     *parents, name = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -5,13 +5,15 @@ one tensor a layer; ours are `[in, out]`, stacked over layers.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jlora.models import hf_config
+from jlora.models import bnb, hf_config, hf_names, weights
 from jlora.models.decoder import param_shapes
 from jlora.models.decoder_config import DecoderConfig
+from jlora.models.hf_names import hf_name, is_transposed
+from jlora.quant import Format
 
-__all__ = ["hf_name", "is_transposed", "load", "save", "tokenizer_files"]
+__all__ = ["hf_name", "is_transposed", "load", "save", "shapes", "tokenizer_files"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -37,49 +41,25 @@ _TOKENIZER_FILES = (
 )
 _SHARD_BYTES = 5_000_000_000
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# How files call the parts of a mixture of experts: the block, and an expert's gate, up and down.
-_EXPERTS = {
-    "mixtral": ("block_sparse_moe", ("w1", "w3"), "w2"),
-    "qwen3_moe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
-}
 _LISTED = 20  # tensors of one kind that a message names
 
 
-def hf_name(path: str) -> str:
-    """The tensor name of a parameter, with `{}` for the number of its layer if it has one.
-
-    >>> hf_name("layers/self_attn/q_proj/kernel")
-    'model.layers.{}.self_attn.q_proj.weight'
-    """
-    *modules, leaf = path.split("/")
-    suffix = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}.get(
-        leaf
-    )
-    if not modules or suffix is None:
-        raise KeyError(f"No Hugging Face name for the parameter {path!r}.")
-    if modules[0] == "layers":
-        modules[:1] = ["model", "layers", "{}"]
-    elif modules[0] != "lm_head":
-        modules[:0] = ["model"]
-    if "experts" in modules:  # those are parameters there, of three dimensions, not modules
-        return ".".join(modules)
-    return ".".join([*modules, suffix])
-
-
-def is_transposed(path: str) -> bool:
-    """Whether the tensor in the file is the transpose of the parameter (of each of its layers)."""
-    return path.endswith("/kernel")
-
-
 def load(
-    directory: str | os.PathLike[str], dtype: Any = None
+    directory: str | os.PathLike[str],
+    dtype: Any = None,
+    *,
+    quantize: Format | None = None,
+    place: weights.Place | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a model, tensor by tensor into the stacked arrays.
 
     Args:
-      directory: with config.json and model.safetensors, or the shards of an index.
+      directory: with config.json and model.safetensors, or the shards of an index; weights that
+        bitsandbytes serialised in NF4 become `NF4Array` leaves.
       dtype: of parameters and computation; by default parameters keep the file's and the
         computation uses the dtype that config.json states.
+      quantize: a format for the weights that `weights.is_quantised` names; None for none.
+      place: as in `weights.fill`.
 
     Returns:
       `(config, params)` as `models/decoder.py` has them.
@@ -89,28 +69,22 @@ def load(
       ValueError: if a file is damaged, or config.json and the tensors do not agree both ways.
       NotImplementedError: if config.json describes something the decoder does not compute.
     """
+    with _opened(Path(directory), dtype, quantize) as (config, sources):
+        flat = {source.path: weights.fill(source, place) for source in sources}
+    return config, _unflatten(flat)
+
+
+def shapes(
+    directory: str | os.PathLike[str], dtype: Any = None, *, quantize: Format | None = None
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """What `load` gives, with `ShapeDtypeStruct`s for arrays; no weight is read."""
     directory = Path(directory)
-    config_file = directory / "config.json"
-    config = hf_config.from_json(_read_json(config_file), source=str(config_file))
-    if dtype is not None:
-        config = DecoderConfig(**{**vars(config), "dtype": dtype})
-    with contextlib.ExitStack() as stack:
-        tensors = {
-            name: _Tensor(handle, name, file)
-            for file in _weight_files(directory)
-            for handle in [stack.enter_context(_open(file))]
-            for name in handle.keys()  # noqa: SIM118 (no mapping)
-        }
-        shapes = _flatten(param_shapes(config))
-        stacked = any(name.endswith(".experts.gate_up_proj") for name in tensors)
-        parts = {
-            path: _parts(path, leaf.shape, config.family, stacked_experts=stacked)
-            for path, leaf in shapes.items()
-        }
-        _check_tensors(directory, tensors, shapes, parts, tied=config.tie_embeddings)
-        flat = {
-            path: _stack(tensors, parts[path], path, leaf, dtype) for path, leaf in shapes.items()
-        }
+    config, packed = _read_config(directory, dtype)
+    if dtype is None or packed:  # the heads of the weights' files say more
+        with _opened(directory, dtype, quantize) as (config, sources):
+            return config, _unflatten({source.path: source.leaf for source in sources})
+    expected = _flatten(param_shapes(config)).items()
+    flat = {path: weights.plan(path, leaf.shape, dtype, quantize) for path, leaf in expected}
     return config, _unflatten(flat)
 
 
@@ -157,6 +131,85 @@ def tokenizer_files(directory: str | os.PathLike[str]) -> dict[str, str]:
     """File name to text, of those tokenizer files that the folder has."""
     files = [Path(directory) / name for name in _TOKENIZER_FILES]
     return {file.name: file.read_bytes().decode() for file in files if file.is_file()}
+
+
+def _read_config(directory: Path, dtype: Any) -> tuple[DecoderConfig, bool]:
+    """The config, and whether the weights are packed in four bits."""
+    file = directory / "config.json"
+    data = _read_json(file)
+    packed = bnb.is_packed(data, str(file))
+    data.pop("quantization_config", None)
+    config = hf_config.from_json(data, source=str(file))
+    return config if dtype is None else dataclasses.replace(config, dtype=dtype), packed
+
+
+@contextlib.contextmanager
+def _opened(
+    directory: Path, dtype: Any, quantize: Format | None
+) -> Iterator[tuple[DecoderConfig, list[weights.Source]]]:
+    """The config and where each parameter is, once both are known to agree."""
+    config, packed = _read_config(directory, dtype)
+    with contextlib.ExitStack() as stack:
+        tensors = {
+            name: _Tensor(handle, name, file)
+            for file in _weight_files(directory)
+            for handle in [stack.enter_context(_open(file))]
+            for name in handle.keys()  # noqa: SIM118 (no mapping)
+        }
+        tensors = bnb.collect(tensors) if packed else tensors
+        shapes = _flatten(param_shapes(config))
+        stacked = any(name.endswith(".experts.gate_up_proj") for name in tensors)
+        parts = {
+            path: hf_names.parts(path, leaf.shape, config.family, stacked_experts=stacked)
+            for path, leaf in shapes.items()
+        }
+        _check_tensors(directory, tensors, shapes, parts, tied=config.tie_embeddings)
+        yield (
+            config,
+            [
+                _source(path, leaf.shape, tensors, parts[path], dtype, quantize)
+                for path, leaf in shapes.items()
+            ],
+        )
+
+
+def _source(
+    path: str,
+    shape: tuple[int, ...],
+    tensors: Mapping[str, Any],
+    parts: Mapping[str, hf_names.Index],
+    dtype: Any,
+    quantize: Format | None,
+) -> weights.Source:
+    stacked = "{}" in hf_name(path)
+    found = [tensors[name] for name in parts]
+    many = stacked and len(parts) > shape[0]
+    if packed := [tensor for tensor in found if isinstance(tensor, bnb.Packed)]:
+        if many:
+            raise NotImplementedError(
+                f"{packed[0].file} holds experts in four bits; those are read from files that are "
+                "not quantised, with quantize= to pack them."
+            )
+        return bnb.source(path, shape, found, dtype, quantize, stacked=stacked)
+    stored = jnp.result_type(*{jnp.dtype(_DTYPES[tensor.stored]) for tensor in found})
+    leaf = weights.plan(path, shape, stored if dtype is None else dtype, quantize)
+    form = "transposed" if is_transposed(path) else "plain"
+    if not many:
+        layers = [lambda tensor=tensor: [tensor.read()] for tensor in found]
+        return weights.Source(path, leaf, layers, form, stacked)
+
+    def read(layer: int) -> list[np.ndarray]:
+        """One layer's experts, whose tensors come one by one, as if they were one tensor."""
+        whole = np.empty(hf_names.tensor_shape(path, shape, (layer,)), stored)
+        for name, index in parts.items():
+            if index[0] == layer:
+                hf_names.oriented(whole, path)[index[1:]] = hf_names.oriented(
+                    tensors[name].read(), path
+                )
+        return [whole]
+
+    layers = [functools.partial(read, layer) for layer in range(shape[0])]
+    return weights.Source(path, leaf, layers, form, stacked)
 
 
 class _Tensor:
@@ -213,63 +266,16 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-_Index: TypeAlias = tuple[Any, ...]
-
-
-def _parts(
-    path: str, shape: Sequence[int], family: str, *, stacked_experts: bool = False
-) -> dict[str, _Index]:
-    """The tensors that a parameter is made of, and where in it each one goes.
-
-    Files of a mixture of experts have a tensor for each expert's gate, up and down projection;
-    `stacked_experts` stands for the newer layout, in which the experts of a layer are one tensor.
-    """
-    template = hf_name(path)
-    if "{}" not in template:
-        return {template: ()}
-    layers = range(shape[0])
-    if stacked_experts or family not in _EXPERTS or not path.startswith("layers/mlp/"):
-        return {template.format(layer): (layer,) for layer in layers}
-    block, halves, down = _EXPERTS[family]
-    template = template.replace(".mlp.", f".{block}.")
-    if "/experts/" not in path:
-        return {template.format(layer): (layer,) for layer in layers}
-    names = halves if "/gate_up_proj/" in path else (down,)
-    width = shape[-1] // len(names)
-    module = template.rpartition(".")[0]
-    return {
-        f"{module.format(layer)}.{expert}.{name}.weight": (
-            layer,
-            expert,
-            slice(None),
-            slice(i * width, (i + 1) * width),
-        )
-        for layer in layers
-        for expert in range(shape[1])
-        for i, name in enumerate(names)
-    }
-
-
-def _tensor_shape(path: str, shape: tuple[int, ...], index: _Index) -> tuple[int, ...]:
-    part = _oriented(np.broadcast_to(0, shape)[index], path)
-    return part.shape
-
-
-def _oriented(array: np.ndarray, path: str) -> np.ndarray:
-    """From the layout of parameters to that of tensors, and back."""
-    return array.swapaxes(-1, -2) if is_transposed(path) else array
-
-
 def _check_tensors(
     directory: Path,
-    tensors: Mapping[str, _Tensor],
+    tensors: Mapping[str, Any],
     shapes: Mapping[str, Any],
-    parts: Mapping[str, Mapping[str, _Index]],
+    parts: Mapping[str, Mapping[str, hf_names.Index]],
     *,
     tied: bool,
 ) -> None:
     expected = {
-        name: _tensor_shape(path, leaf.shape, index)
+        name: hf_names.tensor_shape(path, leaf.shape, index)
         for path, leaf in shapes.items()
         for name, index in parts[path].items()
     }
@@ -290,7 +296,7 @@ def _check_tensors(
     )
 
 
-def _is_tied_copy(name: str, tensors: Mapping[str, _Tensor], tied: bool) -> bool:
+def _is_tied_copy(name: str, tensors: Mapping[str, Any], tied: bool) -> bool:
     """Some writers store a tied head again; one that differs from the embedding is no copy."""
     table = tensors.get("model.embed_tokens.weight")
     if name != "lm_head.weight" or not tied or table is None:
@@ -308,7 +314,7 @@ def _check_params(flat: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         if path in shapes and tuple(leaf.shape) != shapes[path].shape
     ]
     misshapen += [
-        f"{path} is no plain array but {type(leaf).__name__}"
+        f"{path} is no plain array but {type(leaf).__name__}; make it one with jlora.merge_params"
         for path, leaf in flat.items()
         if not isinstance(leaf, jax.Array | np.ndarray)
     ]
@@ -333,23 +339,12 @@ def _refuse(message: str, faults: Mapping[str, Sequence[str]]) -> None:
         raise ValueError("\n".join(lines))
 
 
-def _stack(
-    tensors: Mapping[str, _Tensor], parts: Mapping[str, _Index], path: str, leaf: Any, dtype: Any
-) -> jax.Array:
-    if dtype is None:
-        dtype = jnp.result_type(*{jnp.dtype(_DTYPES[tensors[name].stored]) for name in parts})
-    out = np.empty(leaf.shape, jnp.dtype(dtype))
-    for name, index in parts.items():
-        out[(*index, ...)] = _oriented(tensors[name].read(), path)
-    return jnp.asarray(out)
-
-
 def _write_tensors(directory: Path, flat: Mapping[str, Any], family: str) -> None:
     """Writes one file, or shards and their index; one shard at a time is in memory besides."""
-    shards: list[list[tuple[str, str, _Index]]] = [[]]  # (tensor, parameter, its part)
+    shards: list[list[tuple[str, str, hf_names.Index]]] = [[]]  # (tensor, parameter, its part)
     room = _SHARD_BYTES
     for path, leaf in flat.items():
-        parts = _parts(path, leaf.shape, family)
+        parts = hf_names.parts(path, leaf.shape, family)
         size = leaf.size * leaf.dtype.itemsize // len(parts)
         for name, index in parts.items():
             if size > room and shards[-1]:
@@ -371,13 +366,13 @@ def _write_tensors(directory: Path, flat: Mapping[str, Any], family: str) -> Non
 
 
 def _write_shard(
-    file: Path, shard: Sequence[tuple[str, str, _Index]], flat: Mapping[str, Any]
+    file: Path, shard: Sequence[tuple[str, str, hf_names.Index]], flat: Mapping[str, Any]
 ) -> None:
     tensors, whole, current = {}, np.empty(0), None
     for name, path, index in shard:
         if path != current:
             whole, current = np.asarray(flat[path]), path
-        tensors[name] = np.ascontiguousarray(_oriented(whole[index], path))
+        tensors[name] = np.ascontiguousarray(hf_names.oriented(whole[index], path))
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 

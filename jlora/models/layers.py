@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora.models import remat
 from jlora.models.decoder_config import DecoderConfig
 
 __all__ = ["MLP", "Linear", "RMSNorm", "gated", "normal"]
@@ -30,7 +29,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype)
-        return checkpoint_name(y, remat.PROJECTION)
+        return checkpoint_name(y, self.name or "")
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora.models import remat
 from jlora.models.decoder_config import DecoderConfig
 from jlora.models.layers import Linear, gated, normal
 
@@ -69,4 +68,4 @@ class ExpertLinear(nn.Module):
         """The product of each row with its expert's matrix."""
         shape = (sizes.shape[0], rows.shape[-1], self.features)
         kernel = self.param("kernel", normal, shape).astype(self.dtype)
-        return checkpoint_name(jax.lax.ragged_dot(rows, kernel, sizes), remat.PROJECTION)
+        return checkpoint_name(jax.lax.ragged_dot(rows, kernel, sizes), self.name or "")
