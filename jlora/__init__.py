@@ -51,6 +51,7 @@ _MODULES = (
     "data",
     "docstrings",
     "generate",
+    "losses",
     "models",
     "optim",
     "peft",

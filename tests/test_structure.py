@@ -20,7 +20,7 @@ ORDER = [
     "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
     "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
     "peft_names", "peft_folder", "peft", "checkpoint", "chat", "packing", "data", "docstrings",
-    "train", "objective", "generate", "bench", "plan", "base", "config", "report", "process",
+    "losses", "train", "objective", "generate", "bench", "plan", "base", "config", "report", "process",
     "run", "saved", "cli",
 ]
 # fmt: on
@@ -28,7 +28,7 @@ ORDER = [
 # Outside packages that have one home each, and where that is.
 HOMES = {
     "flax": {"models.layers", "models.moe", "models.decoder", "models"},
-    "optax": {"optim", "train"},
+    "optax": {"optim", "losses", "train"},
     "orbax": {"checkpoint"},
     "safetensors": {"models.hf", "models.packed_cache", "peft_folder"},
     "tokenizers": {"chat"},
