@@ -45,6 +45,7 @@ _HOMES = {
     "optimizer": "optim",
 }  # these names import more than jax
 _MODULES = (
+    "arithmetic",
     "chat",
     "checkpoint",
     "config",
