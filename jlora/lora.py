@@ -98,8 +98,8 @@ class LoraArray(ArrayLeaf):
             more = self.ndim - len(self.axes)
         else:
             more = self.a.ndim - 1 - sum(role != "out" for role in self.axes)
-        stack: tuple[Axis, ...] = ("stack",) * more
-        return stack + self.axes[max(0, -more) :]
+        stack: list[Axis] = ["stack"] * more
+        return (*stack, *self.axes[max(0, -more) :])
 
     def _check_shapes(self, path: str) -> None:
         roles = self.roles
@@ -114,8 +114,8 @@ class LoraArray(ArrayLeaf):
             raise ValueError(
                 f"The arrays of {path or type(self).__name__!r} do not fit together: its weight is "
                 f"{list(self.shape)}, a {list(self.a.shape)} and b {list(self.b.shape)}, where its "
-                f"axes are {self.axes}. Stacked adapters need a weight stacked alike, or a jax.vmap "
-                "or jax.lax.scan over the leading axis of the stacked arrays, around jlora.adapt."
+                f"axes are {self.axes}. Stacked adapters need a weight stacked alike, or a "
+                "jax.vmap or jax.lax.scan over the leading axis of the stacked arrays, around jlora.adapt."
             )
 
     def name(self) -> str:
