@@ -115,7 +115,8 @@ class LoraArray(ArrayLeaf):
                 f"The arrays of {path or type(self).__name__!r} do not fit together: its weight is "
                 f"{list(self.shape)}, a {list(self.a.shape)} and b {list(self.b.shape)}, where its "
                 f"axes are {self.axes}. Stacked adapters need a weight stacked alike, or a "
-                "jax.vmap or jax.lax.scan over the leading axis of the stacked arrays, around jlora.adapt."
+                "jax.vmap or jax.lax.scan over the leading axis of the stacked arrays, around "
+                "jlora.adapt."
             )
 
     def name(self) -> str:
