@@ -115,8 +115,7 @@ class LoraArray(ArrayLeaf):
                 f"The arrays of {path or type(self).__name__!r} do not fit together: its weight is "
                 f"{list(self.shape)}, a {list(self.a.shape)} and b {list(self.b.shape)}, where its "
                 f"axes are {self.axes}. Stacked adapters need a weight stacked alike, or a "
-                "jax.vmap or jax.lax.scan over the leading axis of the stacked arrays, around "
-                "jlora.adapt."
+                "jax.vmap or jax.lax.scan over their leading axis, around jlora.adapt."
             )
 
     def name(self) -> str:
@@ -196,6 +195,11 @@ def init(
         is known of `config.init`, or the arguments are not in this order.
     """
     _check_order(key, params, config)
+    if not isinstance(args, list | tuple):
+        raise ValueError(
+            f"args are the arguments of fn after params, got one {type(args).__name__}: write "
+            "args=(x,) with a comma."
+        )
     restart = _initialiser_of(config)
     leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None

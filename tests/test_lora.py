@@ -190,7 +190,10 @@ def test_all_linear_takes_what_the_function_multiplies_with():
         ({"targets": ("steps",)}, "does not fit"),
         ({"targets": ("all-linear",)}, "pass fn="),
         ({"targets": ("q_proj",), "rank": 9}, "rank 9 is too large"),
-        ({"targets": ("q_proj",), "axes": {"q_proj": ("stack", "in", "out")}}, "names 3 axes"),
+        (
+            {"targets": ("q_proj",), "axes": {"q_proj": ("stack", "in", "out")}},
+            "names 3 axes for.*k",
+        ),
     ],
 )
 def test_mistakes_get_one_clear_message(options, message):
@@ -212,6 +215,27 @@ def test_mistakes_get_one_clear_message(options, message):
 def test_impossible_configs_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         jlora.LoraConfig(**options)
+
+
+def test_axes_given_for_a_segment_are_those_of_its_weight():
+    params = {"q_proj": {"kernel": jnp.ones((3, 8, 8)), "bias": jnp.ones((3, 8))}}
+    axes = {"q_proj": ("stack", "in", "out")}
+    config = jlora.LoraConfig(rank=2, targets=("q_proj",), axes=axes)
+    adapted = jlora.init(jax.random.key(0), params, config)
+    assert isinstance(adapted["q_proj"]["kernel"], jlora.LoraArray)
+    assert isinstance(adapted["q_proj"]["bias"], jax.Array)
+
+
+def test_args_of_the_function_come_in_a_tuple():
+    config = jlora.LoraConfig(rank=2)
+    with pytest.raises(ValueError, match=r"args=\(x,\)"):
+        jlora.init(
+            jax.random.key(0),
+            {"w": jnp.ones((8, 8))},
+            config,
+            fn=lambda params, x: x @ params["w"],
+            args=jnp.ones((4, 8)),
+        )
 
 
 def test_ambiguous_axes_empty_trees_and_second_adapters_are_refused():
