@@ -99,7 +99,7 @@ class LoraArray(ArrayLeaf):
         else:
             more = self.a.ndim - 1 - sum(role != "out" for role in self.axes)
         stack: tuple[Axis, ...] = ("stack",) * more
-        return stack + self.axes[max(0, -more) :]
+        return (*stack, *self.axes[max(0, -more) :])
 
     def _check_shapes(self, path: str) -> None:
         roles = self.roles
