@@ -98,7 +98,7 @@ class LoraArray(ArrayLeaf):
             more = self.ndim - len(self.axes)
         else:
             more = self.a.ndim - 1 - sum(role != "out" for role in self.axes)
-        stack: list[Axis] = ["stack"] * more
+        stack: tuple[Axis, ...] = ("stack",) * more
         return (*stack, *self.axes[max(0, -more) :])
 
     def _check_shapes(self, path: str) -> None:

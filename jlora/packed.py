@@ -75,7 +75,7 @@ class QuantArray(ArrayLeaf):
                 "map over leading, stacked axes only."
             )
         stack: tuple[Axis, ...] = ("stack",) * more
-        return stack + self.axes[gone:], (0,) * more + self.sizes[gone:]
+        return (*stack, *self.axes[gone:]), (0,) * more + self.sizes[gone:]
 
     @property
     def dtype(self) -> Any:

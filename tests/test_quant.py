@@ -506,24 +506,3 @@ def test_weights_are_quantised_where_they_lie(mesh):
     made = jax.jit(pack, out_shardings=out)(placed)
     chex.assert_trees_all_equal(jax.device_get(made), jax.device_get(pack(w)))
     assert made["w"].codes.sharding.is_equivalent_to(out["w"].codes, 3)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8", "float8"])
-def test_a_scan_outside_takes_the_stacked_axis(kind):
-    weights = {"w": jax.random.normal(jax.random.key(1), (3, 64, 64)) / 8}
-    x = jax.random.normal(jax.random.key(2), (5, 64))
-
-    def layer(x, params):
-        return jnp.tanh(x @ params["w"]), None
-
-    def model(params, x):
-        return jax.lax.scan(layer, x, params)
-
-    packed = jlora.quantize(weights, kind, fn=model, args=(x,))
-    config = jlora.LoraConfig(rank=2)
-    for params in (packed, jlora.init(jax.random.key(3), packed, config, fn=model, args=(x,))):
-        got, _ = jax.lax.scan(jlora.adapt(layer), x, params)
-        wanted, _ = model(jlora.merge_params(params), x)
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
-        first = jlora.merge_params(jax.tree.map(lambda part: part[0], params))
-        np.testing.assert_array_equal(first["w"], jlora.merge_params(params)["w"][0])
