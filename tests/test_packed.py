@@ -379,3 +379,17 @@ def test_a_scan_outside_takes_the_stacked_axis(kind):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
         first = jlora.merge_params(jax.tree.map(lambda part: part[0], params))
         np.testing.assert_array_equal(first["w"], jlora.merge_params(params)["w"][0])
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 1024), (1024, 256), (100, 400)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_fresh_adapter_leaves_the_output_bit_equal(shape, dtype):
+    params = quantised(normal(*shape).astype(dtype), ("in", "out"), "int8")
+    config = jlora.LoraConfig(rank=8, targets=("w",), axes={"w": ("in", "out")})
+    fresh = jlora.init(jax.random.key(0), params, config)
+    forward = jlora.adapt(lambda p, x: x @ p["w"], on_unsupported="error")
+    for rows in (1, 5):
+        x = normal(rows, shape[0], seed=1).astype(dtype)
+        np.testing.assert_array_equal(jax.jit(forward)(fresh, x), jax.jit(forward)(params, x))
+        with jax.disable_jit():
+            np.testing.assert_array_equal(forward(fresh, x), forward(params, x))

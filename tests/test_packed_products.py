@@ -53,12 +53,12 @@ def test_every_derivative_is_that_on_the_dequantised_weight(getkey, name, d_in, 
     assert_close(got, wanted, 2e-6)  # a sum of d_in terms and one of d_in + rank round apart
 
 
-@pytest.mark.parametrize(("d_in", "d_out"), [(64, 256), (256, 64)])
-def test_a_wide_update_is_no_array_of_its_own(getkey, d_in, d_out):
+def test_a_wide_update_of_the_input_gradient_is_no_array_of_its_own(getkey):
+    d_in, d_out = 256, 64
     params, config = adapted(getkey(), d_in, d_out)
     trainable, loss = loss_of(params, config)
     x = jnp.ones((7, d_in))
-    wide = (7, max(d_in, d_out))
+    wide = (7, d_in)
 
     def products(jaxpr):
         for eqn in jaxpr.eqns:
