@@ -46,12 +46,14 @@ _HOMES = {
     "optimizer": "optim",
 }  # these names import more than jax
 _MODULES = (
+    "arithmetic",
     "chat",
     "checkpoint",
     "config",
     "data",
     "docstrings",
     "generate",
+    "losses",
     "models",
     "optim",
     "peft",

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import os
+import platform
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from jlora import chat, models
 from jlora.models import decoder
 from jlora.quant import Format
 
-__all__ = ["Base", "adapt_base", "cache_folder", "load_base", "load_tokenizer"]
+__all__ = ["Base", "adapt_base", "cache_folder", "load_base", "load_tokenizer", "program_folder"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +54,17 @@ class Base:
 def cache_folder() -> Path:
     """Where the user's machine keeps what can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
+
+
+def program_folder() -> Path:
+    """Where compiled programs are kept; one for another kind of processor may not run on this."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    kind = f"{platform.machine()}-{zlib.crc32(flags.encode()):08x}" if lines else platform.machine()
+    return cache_folder() / f"programs-{kind}"
 
 
 def load_tokenizer(name: str) -> chat.Tokenizer:

@@ -81,8 +81,8 @@ class DoraArray(LoraArray):
         wide = self.square.dtype
         # As products round them; the rounding of a weight's own dtype is not worth a wider product.
         a, b = (lax.stop_gradient(x).astype(self.dtype) for x in (self.a, self.b))
-        axes = _Axes(self.axes)
-        cross = _cross(w, self.axes, a, wide)  # [*stack rank *out]
+        axes = _Axes(self.roles)
+        cross = _cross(w, self.roles, a, wide)  # [*stack rank *out]
         a, b = a.astype(wide), b.astype(wide)
         left, right = [*axes.stack, *axes.inputs, "rank"], [*axes.stack, *axes.inputs, "other"]
         gram = contract(
@@ -107,7 +107,7 @@ class DoraArray(LoraArray):
         direction = LowRank(
             base.astype(wide), low.u, low.v, scaling=low.scaling, dropout=0.0, path=""
         ).materialise()
-        inputs = tuple(_Axes(self.axes).inputs)
+        inputs = tuple(_Axes(self.roles).inputs)
         squares = jnp.square(lax.stop_gradient(direction)).sum(inputs, keepdims=True)
         norm = jnp.sqrt(jnp.maximum(squares, jnp.finfo(wide).tiny))
         magnitude = self.spread(self.magnitude[..., None], "out")[..., 0]
@@ -116,7 +116,7 @@ class DoraArray(LoraArray):
     def apply(self, w: np.ndarray, update: np.ndarray) -> np.ndarray:
         """What the leaf would stand for with this weight and this `scaling * a @ b`."""
         direction = w + update
-        inputs = tuple(_Axes(self.axes).inputs)
+        inputs = tuple(_Axes(self.roles).inputs)
         norm = np.sqrt(np.square(direction).sum(inputs, keepdims=True))
         magnitude = np.asarray(self.spread(self.magnitude[..., None], "out")[..., 0], w.dtype)
         return magnitude * direction / np.maximum(norm, np.finfo(w.dtype).tiny)

@@ -105,6 +105,33 @@ class LoraArray(ArrayLeaf):
         """The rank of the update."""
         return self.a.shape[-1]
 
+    @property
+    def roles(self) -> tuple[Axis, ...]:
+        """`axes` as the arrays have them: a `vmap` or `scan` outside takes or adds leading ones."""
+        if self.a is None:
+            more = self.ndim - len(self.axes)
+        else:
+            more = self.a.ndim - 1 - sum(role != "out" for role in self.axes)
+        stack: tuple[Axis, ...] = ("stack",) * more
+        return (*stack, *self.axes[max(0, -more) :])
+
+    def _check_shapes(self, path: str) -> None:
+        roles = self.roles
+        stack, inputs, outputs = (
+            tuple(size for size, role in zip(self.shape, roles) if role == wanted)
+            for wanted in ("stack", "in", "out")
+        )
+        a, b = (*stack, *inputs, self.rank), (*stack, self.rank, *outputs)
+        gone = self.axes[: max(0, len(self.axes) - len(roles))]
+        fits = len(roles) == self.ndim and (a, b) == (self.a.shape, self.b.shape)
+        if not fits or set(gone) - {"stack"}:
+            raise ValueError(
+                f"The arrays of {path or type(self).__name__!r} do not fit together: its weight is "
+                f"{list(self.shape)}, a {list(self.a.shape)} and b {list(self.b.shape)}, where its "
+                f"axes are {self.axes}. Stacked adapters need a weight stacked alike, or a "
+                "jax.vmap or jax.lax.scan over their leading axis, around jlora.adapt."
+            )
+
     def name(self) -> str:
         """What messages call a leaf that is in no tree."""
         return type(self).__name__
@@ -124,7 +151,8 @@ class LoraArray(ArrayLeaf):
                 f"{path!r} has no adapter in this tree, which is one half of jlora.split. Join the "
                 "halves with jlora.combine(trainable, frozen)."
             )
-        b = jnp.moveaxis(self.b, self.axes.count("stack"), -1)  # [*stack *out rank]
+        self._check_shapes(path)
+        b = jnp.moveaxis(self.b, self.roles.count("stack"), -1)  # [*stack *out rank]
         u, v = self.spread(self.a, "in"), self.spread(b, "out")
         if is_array_leaf(self.w):
             kind, w = PackedLowRank, self.w.enter(path)
@@ -134,11 +162,12 @@ class LoraArray(ArrayLeaf):
 
     def spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
         """`[*stack *owned rank]` to `[*axes rank]`, with size 1 along the other factor's axes."""
-        order = [axis for role in ("stack", owned) for axis, r in enumerate(self.axes) if r == role]
+        roles = self.roles
+        order = [axis for role in ("stack", owned) for axis, r in enumerate(roles) if r == role]
         ranked = sorted(range(len(order)), key=order.__getitem__)
         factor = factor.transpose(*ranked, len(order))
         sizes = iter(factor.shape)
-        shape = [next(sizes) if role in ("stack", owned) else 1 for role in self.axes]
+        shape = [next(sizes) if role in ("stack", owned) else 1 for role in roles]
         return factor.reshape(*shape, factor.shape[-1])
 
     def materialise(self) -> jax.Array:
@@ -196,6 +225,11 @@ def init(
         is known of `config.init` or `config.variant`, or the arguments are not in this order.
     """
     _check_order(key, params, config)
+    if not isinstance(args, list | tuple):
+        raise ValueError(
+            f"args are the arguments of fn after params, got one {type(args).__name__}: write "
+            "args=(x,) with a comma."
+        )
     restart, kind = _initialiser_of(config), variant_of(config)
     leaves = leaves_by_path(params)
     uses = find_weights(fn, params, *args) if fn is not None else None

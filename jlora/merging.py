@@ -1,6 +1,7 @@
 """What merging adapters costs, before anyone ships the result."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ class WeightError:
       path: of the weight.
       update: `|u| / |base|`, how large the update is.
       rounding: `|merged - (base + u)| / |base + u|` of the merge in the weight's own dtype.
+      worst: the largest `rounding` of one matrix of a stack.
       erased: `1 - <Q(base + u) - base, u> / |u|^2`, the share of the update, along its own
         direction, that quantising again takes away: 0 keeps it, 1 erases it. Below 0 it grew. None
         where the weight is not quantised.
@@ -41,6 +43,7 @@ class WeightError:
     path: str
     update: float
     rounding: float
+    worst: float
     erased: float | None = None
     noise: float | None = None
     shift: float | None = None
@@ -76,7 +79,7 @@ class MergeError:
     logits: tuple[LogitError, ...] = ()
 
     def __str__(self) -> str:
-        head = ("weight", "update", "rounding", "erased", "noise", "shift")
+        head = ("weight", "update", "rounding", "worst", "erased", "noise", "shift")
         names = [field.name for field in dataclasses.fields(WeightError)[1:]]
         cells = [(row.path, *(_shown(getattr(row, name)) for name in names)) for row in self.rows]
         lines = _table([head, *cells])
@@ -161,34 +164,49 @@ def _layers(leaf: LoraArray, original: Any) -> Iterator[tuple[LoraArray, Any]]:
 
 
 def _weight_error(path: str, leaf: LoraArray, original: Any) -> WeightError:
-    sums = dict.fromkeys(("base", "update", "exact", "rounded", "kept", "noise", "shift"), 0.0)
+    layers = [_sums(layer, source) for layer, source in _layers(leaf, original)]
+    sums = {name: sum(layer[name] for layer in layers) for name in layers[0]}
     quantised = isinstance(leaf.w, QuantArray)
-    for layer, source in _layers(leaf, original):
-        base, product = _double(dequantize(layer.w)), _update(layer)
-        update = layer.apply(base, product) - base
-        target = base if source is None else _double(source)
-        exact = layer.apply(target, product)
-        into = layer if source is None else dataclasses.replace(layer, w=jnp.asarray(source))
-        merged = _double(merge_params(into))
-        sums["base"] += _square(base)
-        sums["update"] += _square(update)
-        sums["exact"] += _square(exact)
-        sums["rounded"] += _square(merged - exact)
-        sums["shift"] += _square(target - base)
-        if quantised:
-            change = _double(dequantize(merge_params(layer, requantize=True))) - base
-            sums["kept"] += float(np.vdot(change, update))
-            sums["noise"] += _square(change - update)
-    if not sums["update"]:
-        return WeightError(path, 0.0, _ratio(sums["rounded"], sums["exact"]))
+    changes = sums["update"] > 0
     return WeightError(
         path,
         _ratio(sums["update"], sums["base"]),
         _ratio(sums["rounded"], sums["exact"]),
-        erased=1 - sums["kept"] / sums["update"] if quantised else None,
-        noise=_ratio(sums["noise"], sums["update"]) if quantised else None,
-        shift=None if original is None else _ratio(sums["shift"], sums["update"]),
+        max(_ratio(layer["rounded"], layer["exact"]) for layer in layers),
+        erased=1 - sums["kept"] / sums["update"] if quantised and changes else None,
+        noise=_ratio(sums["noise"], sums["update"]) if quantised and changes else None,
+        shift=_ratio(sums["shift"], sums["update"]) if original is not None and changes else None,
     )
+
+
+# Compiled one by one, because in one program a weight might go on without its rounding to 16 bits.
+_dense, _merged = jax.jit(dequantize), jax.jit(merge_params)
+_requantised = jax.jit(functools.partial(merge_params, requantize=True))
+
+
+def _sums(layer: LoraArray, source: Any) -> dict[str, float]:
+    """Squared norms for one matrix, and an inner product."""
+    quantised = isinstance(layer.w, QuantArray)
+    w = _dense(layer.w)
+    into = w if source is None else jnp.asarray(source)
+    base, product = _double(w), _update(layer)
+    update = layer.apply(base, product) - base
+    target = base if source is None else _double(into)
+    merged = _double(_merged(dataclasses.replace(layer, w=into)))
+    exact = layer.apply(target, product)
+    sums = {
+        "base": _square(base),
+        "update": _square(update),
+        "exact": _square(exact),
+        "rounded": _square(merged - exact),
+        "shift": 0.0 if source is None else _square(target - base),
+    }
+    if quantised:
+        change = _double(_dense(_requantised(layer))) - base
+        sums["kept"] = float(np.vdot(change, update))
+        change -= update
+        sums["noise"] = _square(change)
+    return sums
 
 
 def _double(x: Any) -> np.ndarray:

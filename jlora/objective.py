@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 import jlora
-from jlora import train
+from jlora import losses, train
 
 __all__ = ["make_loss"]
 
@@ -42,7 +42,7 @@ def make_loss(
             segment_ids=batch.get("segment_ids"),
             method="hidden",
         )
-        return train.head_cross_entropy(
+        return losses.head_cross_entropy(
             functools.partial(apply, method="head"),
             hidden,
             batch["targets"],

@@ -146,7 +146,7 @@ def lora_fa(
 def _precondition(grad: Any, leaf: Any, damping: float) -> Any:
     if not isinstance(leaf, LoraArray):
         return grad
-    stack = leaf.a.shape[: leaf.axes.count("stack")]
+    stack = leaf.a.shape[: leaf.roles.count("stack")]
     a = leaf.a.reshape(*stack, -1, leaf.rank).astype(jnp.float32)
     gram = jnp.einsum("...ir,...is->...rs", a, a, precision="highest")
     b = grad.b.reshape(*stack, leaf.rank, -1).astype(jnp.float32)

@@ -53,16 +53,29 @@ class QuantArray(ArrayLeaf):
                 f"This {type(self).__name__} holds no codes: its tree is one half of jlora.split. "
                 "Join the halves with jlora.combine(trainable, frozen)."
             )
+        axes, sizes = self._roles()
         stack = iter(self.codes.shape[:-2])
         whole = {"out": self.codes.shape[-2], "in": self.num_columns()}
         known = {"out": 1, "in": 1}
-        for role, size in zip(self.axes, self.sizes):
+        for role, size in zip(axes, sizes):
             if size:
                 known[role] *= size
         return tuple(
             next(stack) if role == "stack" else size or whole[role] // known[role]
-            for role, size in zip(self.axes, self.sizes)
+            for role, size in zip(axes, sizes)
         )
+
+    def _roles(self) -> tuple[tuple[Axis, ...], tuple[int, ...]]:
+        """`axes` and `sizes` as the arrays have them: a `vmap` or `scan` outside takes or adds."""
+        more = self.codes.ndim - 2 - self.num_stacked
+        gone = max(0, -more)
+        if set(self.axes[:gone]) - {"stack"}:
+            raise ValueError(
+                f"A {type(self).__name__} of axes {self.axes} has codes of {self.codes.ndim} axes: "
+                "map over leading, stacked axes only."
+            )
+        stack: tuple[Axis, ...] = ("stack",) * more
+        return (*stack, *self.axes[gone:]), (0,) * more + self.sizes[gone:]
 
     @property
     def dtype(self) -> Any:
@@ -100,11 +113,14 @@ class QuantArray(ArrayLeaf):
 
     def enter(self, path: str) -> "Packed":
         """The leaf as rules want it, for a leaf found at `path`."""
-        return Packed(_frozen(self, path), (), (), path)
+        axes, sizes = self._roles()
+        return Packed(
+            _frozen(dataclasses.replace(self, axes=axes, sizes=sizes), path), (), (), path
+        )
 
     def materialise(self) -> jax.Array:
         """The dense weight."""
-        return matrices_to_weight(self.unpack(), self.shape, self.axes)
+        return matrices_to_weight(self.unpack(), self.shape, self._roles()[0])
 
     def divisible(self) -> "QuantArray":
         """The leaf in a form whose arrays can be cut into parts that stand alone."""

@@ -5,9 +5,9 @@ packed arrays instead of keeping it. It restores with scales behind a barrier: t
 else take the two for one and keep the dense weight in between. The codes go without, or a loop over
 layers would copy each layer's.
 
-A low-rank update that is as wide as the result of a large product rides along in that product: with
-the dense weight at hand, factors are appended to it. `[x, h] @ [w; b]` is `x @ w + h @ b` without
-the second product's result, which is as large as the first's.
+Backward, a low-rank update that is as wide as the result of a large product rides along in that
+product: with the dense weight at hand, `a` is appended to it. Forward it does not: the product
+`[x, h] @ [w; b]` may be summed in another order than `x @ w`, so a fresh adapter would change it.
 """
 
 import dataclasses
@@ -121,25 +121,19 @@ class PackedLowRank(LowRank):
 
 @rule(PackedLowRank, "dot_general")
 def _riding_along(equation: Equation, x: Any, leaf: Any) -> Any:
-    """`x @ w + scaling * (x @ u) @ v` for a matrix that is wide on one side."""
+    """`x @ w + scaling * (x @ u) @ v` for a matrix with a wide input."""
     if not isinstance(leaf, PackedLowRank) or not _is_plain(equation, x, leaf):
         return NotImplemented
     columns, rows = leaf.shape
-    if max(columns, rows) < _WIDE * min(columns, rows):
+    if columns < _WIDE * rows:
         return NotImplemented
     a, b = leaf.u[:, 0, :].astype(leaf.dtype), leaf.v[0].T.astype(leaf.dtype)
     scaling, out_dtype = leaf.scaling, equation.out.dtype
 
     def multiply(dense: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        hidden = scaling * (x @ a)
-        if rows < columns:
-            return equation.bind(x, dense) + (hidden @ b).astype(out_dtype)
-        wide = jnp.concatenate([x, hidden], axis=-1)
-        return equation.bind(wide, jnp.concatenate([dense, b], axis=0))
+        return equation.bind(x, dense) + (scaling * (x @ a) @ b).astype(out_dtype)
 
     def along_x(dense: jax.Array, dx: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        if rows > columns:
-            return equation.bind(dx, dense) + (scaling * (dx @ a) @ b).astype(out_dtype)
         # Backward this is `[dy, dh] @ [w, a].T`, without a result as wide as x for the update.
         both = equation.bind(dx, jnp.concatenate([dense, a], axis=1))
         hidden = scaling * both[..., rows:].astype(b.dtype)

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import jlora
 from jlora import checkpoint, config, peft, train
 from jlora.base import Base, adapt_base, load_base
-from jlora.quant import QuantArray
+from jlora.merging import MergeError
+from jlora.models import weights
+from jlora.quant import QuantArray, pack_weight
 from jlora.run import lora_config, make_optimizer
+from jlora.targets import leaves_by_path
 
-__all__ = ["is_run", "load_run", "load_to_merge"]
+__all__ = ["is_run", "load_run", "load_to_merge", "merge_report"]
 
 Say = Callable[[str], None]
 
@@ -106,6 +111,54 @@ def load_to_merge(
         f"in {fmt}. --into dequantized merges it into those."
     )
     return base, lora, remark
+
+
+_LEGEND = """\
+Norms are relative: update to the weight, rounding (of all these layers, and of the worst) to the
+merged weight; to the update: erased and noise, the part of it that packing the merged weights again
+would take away, and all that this would change; shift, from what training saw to the original."""
+
+
+def merge_report(folder: str | os.PathLike[str], params: Any, layers: int) -> str | None:
+    """Says what merging a run on a quantised base costs, for each weight; None for another run.
+
+    Args:
+      folder: of the run.
+      params: from `load_to_merge`: over the packed weights, or over the original ones.
+      layers: the most layers of a stack to measure on, evenly spaced; 0 for none at all.
+    """
+    fmt = config.load(Path(folder) / "config.yaml").model.quantize
+    is_packed = _has_packed(params)
+    if layers < 1 or not (fmt or is_packed):
+        return None
+    rows = []
+    for path, leaf in leaves_by_path(params).items():
+        if not isinstance(leaf, jlora.LoraArray):
+            continue
+        leaf, base = _some_layers(leaf, layers), None
+        if fmt and not is_packed and weights.is_quantised(path):
+            base = {path: leaf.w}  # and beside it what training saw
+            leaf = dataclasses.replace(leaf, w=pack_weight(leaf.w, leaf.axes, fmt))
+        rows += jlora.merge_error({path: leaf}, base=base).rows
+    return (
+        f"\nWhat merging costs, on {layers} layers at most:\n{MergeError(tuple(rows))}\n{_LEGEND}"
+    )
+
+
+def _some_layers(leaf: jlora.LoraArray, count: int) -> jlora.LoraArray:
+    """The leaf with `count` layers of its stack, first and last among them."""
+    if "stack" not in leaf.axes:
+        return leaf
+    place = leaf.axes.index("stack")
+    depth = leaf.shape[place]
+    # One of the middle where there is room for one alone.
+    chosen = np.linspace(0, depth - 1, count) if count > 1 else np.array([depth // 2])
+    chosen = np.unique(chosen.round().astype(int))
+    if isinstance(leaf.w, QuantArray):
+        w = jax.tree.map(lambda x: x[chosen], leaf.w)
+    else:
+        w = jnp.take(leaf.w, chosen, axis=place)
+    return dataclasses.replace(leaf, w=w, a=leaf.a[chosen], b=leaf.b[chosen])
 
 
 def _has_packed(params: Any) -> bool:

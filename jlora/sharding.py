@@ -78,12 +78,13 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
             raise ValueError(f"Adapters follow NamedShardings of the base, got a {sharding}.")
         if isinstance(leaf, QuantArray):
             return placements(leaf, sharding)
-        places = [*sharding.spec, *[None] * (len(leaf.axes) - len(sharding.spec))]
+        roles = leaf.roles
+        places = [*sharding.spec, *[None] * (len(roles) - len(sharding.spec))]
 
         def cut(role: str) -> list[Any]:
             if role == "rank":
                 return [None]
-            return [None if replicate else p for p, r in zip(places, leaf.axes) if r == role]
+            return [None if replicate else p for p, r in zip(places, roles) if r == role]
 
         w = placements(leaf.w, sharding) if isinstance(leaf.w, QuantArray) else sharding
         placed = {}

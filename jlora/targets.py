@@ -99,14 +99,16 @@ def _is_weight(
     """Whether a leaf that a target matches is a weight, not a bias or a norm beside one."""
     if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return False
-    if first_match(config.axes, path, None):
+    is_bias = path.split("/")[-1] in ("bias", "scale")
+    roles = first_match(config.axes, path, None)
+    if roles and not (is_bias and len(roles) != leaf.ndim):  # a segment takes biases along
         return True
     if uses is not None:
         use = uses[path]
         if (use.contracted and use.free) or use.kind != "other":
             return bool(use.contracted and use.free)
         # What reads it cannot be looked into (a custom gradient, a kernel): judge by its shape.
-    return leaf.ndim >= 2 and path.split("/")[-1] not in ("bias", "scale")
+    return leaf.ndim >= 2 and not is_bias
 
 
 def _no_weight(pattern: Pattern, found: Sequence[str], leaves: Mapping[str, Any], uses: Any) -> str:
@@ -120,7 +122,8 @@ def _no_weight(pattern: Pattern, found: Sequence[str], leaves: Mapping[str, Any]
     return (
         f"Target {pattern!r} matches only leaves that a low-rank update does not fit: "
         f"{', '.join(describe(path) for path in found[:6])}. Targets are floating-point weights of "
-        "matrix products and embeddings; put leaves to train whole into train=."
+        "matrix products and embeddings; put leaves to train whole into train=, or name the axes "
+        "of a weight that is made from another array, axes={pattern: ('in', 'out')}."
     )
 
 

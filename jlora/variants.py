@@ -230,7 +230,7 @@ class _Start:
         if self.niter is None:
             u, s, v = jnp.linalg.svd(w, full_matrices=False)
         else:
-            u, s, v = _randomised_svd(w, rank, self.niter, key)
+            u, s, v = randomised_svd(w, rank, self.niter, key)
         root = jnp.sqrt(s[:rank] / self.like.scaling)
         return (u[:, :rank] * root).astype(dtype), (root[:, None] * v[:rank]).astype(dtype)
 
@@ -246,7 +246,7 @@ def _without_stack(leaf: QuantArray) -> QuantArray:
     return dataclasses.replace(leaf, axes=axes, sizes=sizes)
 
 
-def _randomised_svd(
+def randomised_svd(
     w: jax.Array, rank: int, niter: int, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The largest singular values and vectors by subspace iteration (arXiv:0909.4061)."""

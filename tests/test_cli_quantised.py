@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,6 +115,50 @@ def test_merging_goes_into_the_original_or_the_dequantised_weights(made, tmp_pat
     assert np.abs(kernel(outputs[None][1]) - kernel(params)).max() > 0.01
 
 
+def figures(printed):
+    """The table of what merging costs, as {weight: {column: number or None}}."""
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("weight "))
+    columns = lines[start].split()[1:]
+    rows = [line.split() for line in lines[start + 2 :] if line.startswith("layers/")]
+    return {
+        path: dict(zip(columns, (None if x == "-" else float(x) for x in cells), strict=True))
+        for path, *cells in rows
+    }
+
+
+@pytest.mark.parametrize("into", ["original", "dequantized"])
+def test_merging_prints_what_it_costs_for_each_weight(made, tmp_path, capsys, into):
+    path, run = made
+    command = ["merge", str(run), "--into", into, "-o"]
+    assert cli.main([*command, str(tmp_path / "out")]) == 0
+    got = figures(capsys.readouterr().out)
+    trained = saved.load_run(run, lambda text: None)[0].params
+    original = models.load(config.load(path).model.path)[1] if into == "original" else None
+    wanted = {row.path: row for row in jlora.merge_error(trained, base=original).rows}
+    assert got.keys() == wanted.keys()
+    assert len(got) == 7
+    for name, row in wanted.items():
+        for column, number in got[name].items():
+            value = getattr(row, column)
+            assert number == (None if value is None else pytest.approx(value, rel=0.01)), column
+        assert (got[name]["shift"] is None) == (into == "dequantized")
+        assert got[name]["worst"] >= got[name]["rounding"] > 0
+    assert cli.main([*command, str(tmp_path / "quiet"), "--error-layers", "0"]) == 0
+    assert "erased" not in capsys.readouterr().out
+
+
+def test_what_merging_costs_is_measured_on_as_many_layers_as_asked_for(made):
+    _, run = made
+    params = saved.load_run(run, lambda text: None)[0].params
+    last = jlora.lora.leaves_by_path(params)["layers/mlp/up_proj/kernel"]
+    one = jax.tree.map(lambda x: x[1:], last)  # of two layers
+    (wanted,) = jlora.merge_error({"w": one}).rows
+    got = figures(saved.merge_report(run, params, 1))["layers/mlp/up_proj/kernel"]
+    assert got["update"] == pytest.approx(wanted.update, rel=0.01)
+    assert got["erased"] == pytest.approx(wanted.erased, rel=0.01)
+
+
 def tokens_of(rows):
     return jnp.asarray(np.random.default_rng(0).integers(3, 200, (rows, 12)))
 
@@ -194,6 +239,7 @@ def test_into_says_when_there_are_no_such_weights(tmp_path, capsys):
     assert "is not quantised: leave --into out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert cli.main([*command, "--into", "original"]) == 0
+    assert "erased" not in capsys.readouterr().out
 
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

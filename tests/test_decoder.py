@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from jlora.models import attention
-from jlora.models.decoder import Decoder, DecoderConfig, RopeScaling, init_cache, param_shapes
+from jlora.models.decoder import (
+    Decoder,
+    DecoderConfig,
+    Experts,
+    RopeScaling,
+    init_cache,
+    param_shapes,
+)
 
 CONFIG = DecoderConfig(
     vocab_size=97,
@@ -244,14 +251,48 @@ def test_blocked_attention_equals_jax_nn(length, heads):
     ids = jnp.asarray(np.sort(rng.integers(1, 4, (2, length))), jnp.int32)
     same = ids[:, None, :, None] == ids[:, None, None, :]
     for segment_ids, mask in ((None, None), (ids, same)):
-        expected = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        given = jax.jit(attention.causal_attention)(q, k, v, segment_ids=segment_ids)
-        np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+        for window in (None, 1, 9, 70, 1000):
+            expected = jax.nn.dot_product_attention(
+                q,
+                k,
+                v,
+                mask=mask,
+                is_causal=True,
+                scale=0.7,
+                local_window_size=None if window is None else (window - 1, 0),
+            )
+            attend = functools.partial(attention.causal_attention, window=window, scale=0.7)
+            given = jax.jit(attend)(q, k, v, segment_ids=segment_ids)
+            np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_soft_cap_bounds_the_scores():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(0, 3, (1, 9, 1, 8)), jnp.float32) for _ in range(3))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * 0.5
+    assert jnp.abs(scores).max() > 20
+    scores = jnp.where(jnp.tri(9, dtype=bool), 2 * jnp.tanh(scores / 2), -jnp.inf)
+    expected = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+    given = attention.causal_attention(q, k, v, scale=0.5, softcap=2.0)
+    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
+
+
+ALTERNATING = dataclasses.replace(
+    CONFIG, sliding_window=16, sliding_layers=(True, False, True), dtype="bfloat16"
+)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_model_lowers_for_every_platform_from_here(platform):
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(CONFIG, dtype="bfloat16"),
+        ALTERNATING,
+        dataclasses.replace(CONFIG, dtype="bfloat16", experts=Experts(4, 2)),
+    ],
+    ids=["plain", "alternating", "experts"],
+)
+def test_the_model_lowers_for_every_platform_from_here(config, platform):
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
 
     def loss(params, tokens):
@@ -262,7 +303,7 @@ def test_the_model_lowers_for_every_platform_from_here(platform):
 
 
 def test_cudnn_is_chosen_where_the_program_is_lowered_for_cuda(monkeypatch):
-    def flash(q, k, v, segment_ids):
+    def flash(q, k, v, segment_ids, *, options):
         return jnp.tanh(v.repeat(2, axis=2))  # a marker that nothing else here emits
 
     monkeypatch.setattr(attention, "_cudnn", flash)
@@ -277,6 +318,22 @@ def test_cudnn_is_chosen_where_the_program_is_lowered_for_cuda(monkeypatch):
     assert not marked("tpu", q, kv, kv)
     single = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, kv, kv)]
     assert not marked("cuda", *single)  # cuDNN has no float32
+
+
+def test_layers_that_slide_and_layers_that_do_not_take_cudnn_both(monkeypatch):
+    windows = []
+
+    def flash(q, k, v, segment_ids, *, options):
+        windows.append(options.window)
+        return jnp.tanh(v.repeat(2, axis=2))
+
+    monkeypatch.setattr(attention, "_cudnn", flash)
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    apply = jax.jit(lambda params, tokens: Decoder(ALTERNATING).apply({"params": params}, tokens))
+    traced = apply.trace(param_shapes(ALTERNATING), tokens)
+    assert set(windows) == {None, 16}
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.tanh") == 2
+    assert "stablehlo.tanh" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_a_config_refuses_what_cannot_be():

@@ -273,24 +273,6 @@ def test_fields_without_effect_are_accepted(folder):
     hf.load(folder)
 
 
-def test_sliding_windows_are_refused_only_where_they_slide():
-    shape = {**SHAPE, "model_type": "mistral", "num_key_value_heads": 2}
-
-    def read(**changes):
-        return hf_config.from_json({**shape, **changes}, source="config.json")
-
-    assert read(sliding_window=None).family == "mistral"
-    read(sliding_window=256)  # as long as max_position_embeddings
-    for changes in ({"sliding_window": 255}, {"max_position_embeddings": 32768}):
-        with pytest.raises(NotImplementedError, match="sliding_window"):
-            read(**changes)  # transformers takes 4096 where Mistral's file says nothing
-    qwen = {"model_type": "qwen2", "sliding_window": 100, "max_window_layers": 1}
-    read(**qwen)
-    read(**qwen, use_sliding_window=False, layer_types=["full_attention"] * 3)
-    with pytest.raises(NotImplementedError, match="sliding_window"):
-        read(**qwen, use_sliding_window=True)
-
-
 def test_a_config_without_a_needed_field_is_refused(folder):
     data = json.loads((folder / "config.json").read_text())
     del data["hidden_size"]

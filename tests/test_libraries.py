@@ -206,3 +206,37 @@ def test_shapes_are_enough(case):
     report = jlora.explain(fn, abstract, x)
     assert all(report.low_rank.values())
     assert not any(report.dense.values())
+
+
+@pytest.fixture(scope="module", params=LIBRARIES, ids=lambda make: make.__name__)
+def packed_case(request):
+    fn, params, targets = request.param(jax.random.key(0))
+    packed = jlora.quantize(params, "nf4", targets=targets, fn=fn, args=(X,))
+    config = jlora.LoraConfig(rank=2, alpha=1, targets=targets)
+    adapted = jlora.init(jax.random.key(1), packed, config, fn=fn, args=(X,))
+    return fn, packed, randomise(adapted, jax.random.key(2), scale=0.1), config
+
+
+def test_a_quantised_tree_gives_what_the_dequantised_one_gives(packed_case):
+    fn, packed, adapted, config = packed_case
+    leaves = jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, jlora.quant.QuantArray))
+    assert any(isinstance(leaf, jlora.quant.QuantArray) for leaf in leaves)
+    forward = jlora.adapt(fn, on_unsupported="error")
+    assert_close(forward(packed, X), fn(jlora.dequantize(packed), X), rtol=2e-5)
+    dense = jlora.dequantize(adapted)
+    for name in ("eager", "jit of grad"):
+        transform = TRANSFORMATIONS[name]
+        got, wanted = (transform(forward, params, config, X) for params in (adapted, dense))
+        assert_close(got, wanted, rtol=2e-5)
+
+
+def test_eight_adapters_share_one_quantised_base(packed_case):
+    fn, _, adapted, config = packed_case
+    trainable, frozen = jlora.split(adapted, config)
+    eight = jax.tree.map(lambda x: jnp.stack([x * (i + 1) for i in range(8)]), trainable)
+    forward = jlora.adapt(fn, on_unsupported="error")
+    got = jax.vmap(lambda t: forward(jlora.combine(t, frozen), X))(eight)
+    for i in (0, 7):
+        one = jax.tree.map(lambda x: x[i], eight)  # noqa: B023
+        wanted = fn(jlora.merge_params(jlora.combine(one, frozen)), X)
+        assert_close(got[i], wanted, rtol=2e-5)

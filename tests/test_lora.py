@@ -190,7 +190,10 @@ def test_all_linear_takes_what_the_function_multiplies_with():
         ({"targets": ("steps",)}, "does not fit"),
         ({"targets": ("all-linear",)}, "pass fn="),
         ({"targets": ("q_proj",), "rank": 9}, "rank 9 is too large"),
-        ({"targets": ("q_proj",), "axes": {"q_proj": ("stack", "in", "out")}}, "names 3 axes"),
+        (
+            {"targets": ("q_proj",), "axes": {"q_proj": ("stack", "in", "out")}},
+            "names 3 axes for.*k",
+        ),
     ],
 )
 def test_mistakes_get_one_clear_message(options, message):
@@ -212,6 +215,27 @@ def test_mistakes_get_one_clear_message(options, message):
 def test_impossible_configs_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         jlora.LoraConfig(**options)
+
+
+def test_axes_given_for_a_segment_are_those_of_its_weight():
+    params = {"q_proj": {"kernel": jnp.ones((3, 8, 8)), "bias": jnp.ones((3, 8))}}
+    axes = {"q_proj": ("stack", "in", "out")}
+    config = jlora.LoraConfig(rank=2, targets=("q_proj",), axes=axes)
+    adapted = jlora.init(jax.random.key(0), params, config)
+    assert isinstance(adapted["q_proj"]["kernel"], jlora.LoraArray)
+    assert isinstance(adapted["q_proj"]["bias"], jax.Array)
+
+
+def test_args_of_the_function_come_in_a_tuple():
+    config = jlora.LoraConfig(rank=2)
+    with pytest.raises(ValueError, match=r"args=\(x,\)"):
+        jlora.init(
+            jax.random.key(0),
+            {"w": jnp.ones((8, 8))},
+            config,
+            fn=lambda params, x: x @ params["w"],
+            args=jnp.ones((4, 8)),
+        )
 
 
 def test_ambiguous_axes_empty_trees_and_second_adapters_are_refused():
@@ -281,3 +305,45 @@ def test_leaves_that_are_no_arrays_are_refused_by_name(field):
     config = jlora.LoraConfig(**{"rank": 2, "targets": ("w",), field: ("scale",)})
     with pytest.raises(ValueError, match=r"'scale'.*float"):
         jlora.init(jax.random.key(0), params, config)
+
+
+def test_a_vmap_or_a_scan_outside_takes_the_stacked_axis(getkey):
+    params = {"w": jax.random.normal(getkey(), (3, 8, 8))}
+    config = jlora.LoraConfig(rank=2, targets=("w",), axes={"w": ("stack", "in", "out")})
+    params = randomise(jlora.init(getkey(), params, config), getkey())
+    dense, x = jlora.merge_params(params), jax.random.normal(getkey(), (5, 8))
+
+    def layer(x, params):
+        return jnp.tanh(x @ params["w"]), None
+
+    adapted = jlora.adapt(layer)
+    chex.assert_trees_all_close(
+        jax.lax.scan(adapted, x, params), jax.lax.scan(layer, x, dense), rtol=1e-5, atol=1e-5
+    )
+    chex.assert_trees_all_close(
+        jax.vmap(adapted, (None, 0))(x, params),
+        jax.vmap(layer, (None, 0))(x, dense),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_a_vmapped_init_makes_a_stack(getkey):
+    config = jlora.LoraConfig(rank=2, targets=("w",))
+    weights = jax.random.normal(getkey(), (3, 8, 6))
+    params = jax.vmap(lambda key, w: jlora.init(key, {"w": w}, config))(
+        jax.random.split(getkey(), 3), weights
+    )
+    params = randomise(params, getkey())
+    merged = jlora.merge_params(params)
+    chex.assert_trees_all_close(merged, jax.vmap(jlora.merge_params)(params), rtol=1e-6, atol=1e-6)
+    x = jax.random.normal(getkey(), (5, 8))
+    adapted = jlora.adapt(lambda params, x: jnp.einsum("bi,lio->lbo", x, params["w"]))(params, x)
+    wanted = jnp.einsum("bi,lio->lbo", x, merged["w"])
+    chex.assert_trees_all_close(adapted, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_stacked_adapters_on_one_weight_say_how_to_map_over_them():
+    leaf = jlora.LoraArray(jnp.ones((8, 6)), jnp.ones((3, 8, 2)), jnp.ones((3, 2, 6)), scaling=1.0)
+    with pytest.raises(ValueError, match=r"'w' do not fit together.*jax\.vmap"):
+        jlora.adapt(lambda params: params["w"] @ jnp.ones(6))({"w": leaf})

@@ -14,7 +14,7 @@ nbformat = pytest.importorskip("nbformat")
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICKSTART, ANY_FUNCTION = "01_quickstart", "02_any_jax_function"
+QUICKSTART, ANY_FUNCTION, QLORA = "01_quickstart", "02_any_jax_function", "03_qlora"
 # A folder of one machine; a shape such as "/16/" or a module such as "a/b" is none.
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(?:home|root|tmp|work|Users|usr|opt|var|content)/|\b[A-Z]:\\"
@@ -41,7 +41,7 @@ def texts(cell):
 
 
 def test_there_are_the_notebooks_that_the_docs_name():
-    assert {QUICKSTART, ANY_FUNCTION} <= {path.stem for path in NOTEBOOKS}
+    assert {QUICKSTART, ANY_FUNCTION, QLORA} <= {path.stem for path in NOTEBOOKS}
 
 
 @by_notebook
@@ -141,6 +141,29 @@ for one, other in zip(jax.tree.leaves(tuned_params), jax.tree.leaves(merged), st
     run(find(QUICKSTART), tmp_path, checks, monkeypatch)
     written = {path.name for path in (tmp_path / "quickstart").iterdir()}
     assert {"adapter", "merged"} <= written
+
+
+@pytest.mark.slow
+def test_the_third_notebook_measures_what_a_quantised_base_costs(tmp_path, monkeypatch):
+    from jlora import models
+
+    try:
+        models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct")
+    except FileNotFoundError as error:
+        pytest.skip(f"no model: {error}")
+    checks = """
+mean = {fmt: float(jnp.stack(list(of_format.values())).mean()) for fmt, of_format in errors.items()}
+assert mean["int8"] < 0.015 < mean["float8"] < 0.04 < 0.08 < mean["nf4"] < 0.11, mean
+assert before["original"] < before["nf4"] and after["nf4"] < 0.85 * before["nf4"], (before, after)
+assert gaps[1] < gaps[0], gaps
+rows = report.rows
+assert len(rows) == 7 and all(row.erased > 0.9 and row.rounding < 1e-7 for row in rows), rows
+unmerged, dequantised, original_base, packed_again = losses.values()
+assert abs(dequantised - unmerged) < 1e-3, losses
+assert original_base < before["original"], losses
+assert packed_again > 0.5 * (before["nf4"] + after["nf4"]), losses
+"""
+    run(find(QLORA), tmp_path, checks, monkeypatch)
 
 
 @pytest.mark.slow

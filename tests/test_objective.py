@@ -121,3 +121,31 @@ def test_an_unrolled_model_is_adapted_like_a_rolled_one():
         unrolled = dataclasses.replace(CONFIG, unroll=3, remat=remat)
         assert param_shapes(unrolled) == shapes
         assert initialised(shapes, unrolled) == initialised(shapes, CONFIG)
+
+
+def test_a_bfloat16_head_is_never_multiplied_in_float32():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), param_shapes(config)
+    )
+    params = initialised(shapes, config)
+    trainable, frozen = jlora.split(params, LORA)
+    loss_fn = objective.make_loss(Decoder(config), params, LORA, chunk_tokens=8)
+    batch = {
+        name: jax.ShapeDtypeStruct((ROWS, LENGTH), dtype)
+        for name, dtype in {
+            "tokens": jnp.int32,
+            "targets": jnp.int32,
+            "loss_mask": "float32",
+        }.items()
+    }
+
+    def loss(trainable, frozen, batch):
+        return loss_fn(jlora.combine(trainable, frozen), batch, None)[0]
+
+    lowered = jax.jit(jax.grad(loss)).lower(trainable, frozen, batch).as_text()
+    of_head = [line for line in lowered.splitlines() if "dot_general" in line and "x61" in line]
+    assert len(of_head) >= 2  # forward and back
+    for line in of_head:
+        operands = line.rsplit(" : ", 1)[1].split(" -> ")[0]
+        assert "f32>" not in operands.replace("bf16>", ""), line

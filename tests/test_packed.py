@@ -358,3 +358,38 @@ def test_what_a_shard_map_cuts_inside_blocks_is_built_dense(case):
         with pytest.warns(UserWarning, match="shard_map"):
             got = jlora.adapt(fn)(params, x)
         assert_close(got, jlora.adapt(fn)(jlora.dequantize(params), x), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "float8"])
+def test_a_scan_outside_takes_the_stacked_axis(kind):
+    weights = {"w": jax.random.normal(jax.random.key(1), (3, 64, 64)) / 8}
+    x = jax.random.normal(jax.random.key(2), (5, 64))
+
+    def layer(x, params):
+        return jnp.tanh(x @ params["w"]), None
+
+    def model(params, x):
+        return jax.lax.scan(layer, x, params)
+
+    packed = jlora.quantize(weights, kind, fn=model, args=(x,))
+    config = jlora.LoraConfig(rank=2)
+    for params in (packed, jlora.init(jax.random.key(3), packed, config, fn=model, args=(x,))):
+        got, _ = jax.lax.scan(jlora.adapt(layer), x, params)
+        wanted, _ = model(jlora.merge_params(params), x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+        first = jlora.merge_params(jax.tree.map(lambda part: part[0], params))
+        np.testing.assert_array_equal(first["w"], jlora.merge_params(params)["w"][0])
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 1024), (1024, 256), (100, 400)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_fresh_adapter_leaves_the_output_bit_equal(shape, dtype):
+    params = quantised(normal(*shape).astype(dtype), ("in", "out"), "int8")
+    config = jlora.LoraConfig(rank=8, targets=("w",), axes={"w": ("in", "out")})
+    fresh = jlora.init(jax.random.key(0), params, config)
+    forward = jlora.adapt(lambda p, x: x @ p["w"], on_unsupported="error")
+    for rows in (1, 5):
+        x = normal(rows, shape[0], seed=1).astype(dtype)
+        np.testing.assert_array_equal(jax.jit(forward)(fresh, x), jax.jit(forward)(params, x))
+        with jax.disable_jit():
+            np.testing.assert_array_equal(forward(fresh, x), forward(params, x))

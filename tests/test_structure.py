@@ -14,20 +14,21 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
     "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "dora", "merging",
-    "summary", "variants", "optim", "sharding",
-    "models.remat", "models.attention", "models.rotary", "models.decoder", "models.weights",
-    "models.bnb", "models.hf_config", "models.hf", "models.gguf_tokenizer", "models.gguf",
-    "models.packed_cache", "models.hub", "models",
+    "summary", "variants", "factors", "alignment", "extraction", "arithmetic", "optim", "sharding",
+    "models.remat", "models.attention", "models.rotary", "models.decoder_config", "models.cache",
+    "models.layers", "models.moe", "models.decoder", "models.weights", "models.bnb",
+    "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
+    "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
     "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
-    "docstrings", "train", "objective", "generate", "bench", "plan", "base", "config", "report",
-    "process", "run", "saved", "cli",
+    "docstrings", "losses", "train", "objective", "generate", "bench", "plan", "base", "config",
+    "report", "process", "run", "saved", "cli",
 ]
 # fmt: on
 
 # Outside packages that have one home each, and where that is.
 HOMES = {
-    "flax": {"models.decoder", "models"},
-    "optax": {"optim", "train"},
+    "flax": {"models.layers", "models.moe", "models.decoder", "models"},
+    "optax": {"optim", "losses", "train"},
     "orbax": {"checkpoint"},
     "safetensors": {"models.hf", "models.packed_cache", "peft_folder"},
     "tokenizers": {"chat"},

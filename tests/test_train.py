@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jlora
-from jlora import checkpoint, train
+from jlora import checkpoint, losses, train
 from jlora.models import decoder
 
 D_IN, D_OUT = 6, 5
@@ -85,69 +85,6 @@ def assert_trees_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-# The loss
-
-
-def test_cross_entropy_is_the_negative_log_probability_of_what_counts(getkey):
-    logits = jax.random.normal(getkey(), (2, 3, 7))
-    targets = jnp.array([[1, 2, 3], [4, 5, 6]])
-    mask = jnp.array([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    total, count = train.cross_entropy(logits, targets, mask)
-    log_p = np.take_along_axis(
-        np.array(jax.nn.log_softmax(logits)), np.array(targets)[..., None], 2
-    )
-    np.testing.assert_allclose(total, -(log_p[..., 0] * mask).sum(), rtol=1e-6)
-    assert count == 3
-
-
-def test_cross_entropy_is_float32_whatever_the_logits(getkey):
-    logits = jax.random.normal(getkey(), (1, 4, 9)).astype(jnp.bfloat16)
-    total, _ = train.cross_entropy(logits, jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4)))
-    assert total.dtype == jnp.float32
-
-
-def test_an_infinite_loss_outside_the_mask_does_not_spoil_the_sum():
-    logits = jnp.array([[[0.0, -jnp.inf], [0.0, 0.0]]])
-    total, _ = train.cross_entropy(logits, jnp.array([[1, 1]]), jnp.array([[0.0, 1.0]]))
-    np.testing.assert_allclose(total, np.log(2), rtol=1e-6)
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 16, 1000])
-@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize(("frozen", "narrow"), [(False, False), (True, False), (True, True)])
-def test_the_loss_by_chunks_equals_the_loss_of_all_logits(
-    getkey, chunk_tokens, share, frozen, narrow
-):
-    hidden = jax.random.normal(getkey(), (3, 11, 4))
-    w = jax.random.normal(getkey(), (4, 13))
-    targets = jax.random.randint(getkey(), (3, 11), 0, 13)
-    mask = (jax.random.uniform(getkey(), (3, 11)) < share).astype(jnp.float32)
-
-    def chunked(hidden, w):
-        return train.head_cross_entropy(
-            lambda h: h @ w,
-            hidden,
-            targets,
-            mask,
-            chunk_tokens=chunk_tokens,
-            head_is_frozen=frozen,
-            narrow_head=(lambda h: h @ w) if narrow else None,
-        )
-
-    def whole(hidden, w):
-        return train.cross_entropy(hidden @ w, targets, mask)
-
-    for_what = 0 if frozen else (0, 1)
-    (got, got_count), got_grads = jax.jit(
-        jax.value_and_grad(chunked, argnums=for_what, has_aux=True)
-    )(hidden, w)
-    (expected, count), grads = jax.value_and_grad(whole, argnums=for_what, has_aux=True)(hidden, w)
-    assert got_count == count
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 # The step
@@ -243,7 +180,7 @@ def decoder_problem(remat="none", num_layers=3, length=9):
         def compute(params, batch):
             variables = {"params": params}
             hidden = model.apply(variables, batch["tokens"], method="hidden")
-            return train.head_cross_entropy(
+            return losses.head_cross_entropy(
                 lambda h: model.apply(variables, h, method="head"),
                 hidden,
                 batch["targets"],

@@ -18,7 +18,8 @@ __all__ = ["load", "resolve", "save", "shapes", "tokenizer_files"]
 
 # Loaded on first use: flax, safetensors and gguf are not needed to name this package.
 _SUBMODULES = (
-    "attention", "bnb", "decoder", "gguf", "gguf_tokenizer", "hf", "hf_config", "hub",
+    "attention", "bnb", "cache", "decoder", "decoder_config", "gguf", "gguf_tokenizer", "hf",
+    "hf_config", "hf_families", "hf_names", "hf_rope", "hub", "layers", "moe",
     "packed_cache", "remat", "rotary", "weights",
 )  # fmt: skip
 

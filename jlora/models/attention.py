@@ -5,6 +5,9 @@ for another. Shapes: q is `[batch length heads head_dim]`, k and v have `kv_head
 `heads`; query head `i` reads key head `i // (heads // kv_heads)`. Keys are never repeated.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -18,7 +21,14 @@ _MASKED = -1e30
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Attention of each token to itself and those before it, inside its own segment.
 
@@ -27,16 +37,30 @@ def causal_attention(
       k: `[batch length kv_heads head_dim]`.
       v: like `k`.
       segment_ids: `Int32[batch length]`; tokens of different segments do not see each other.
+      window: how many tokens a token sees, itself included; None for all.
+      scale: of the scores; by default the inverse square root of `head_dim`.
+      softcap: scores become `softcap * tanh(scores / softcap)`; None leaves them.
 
     Returns:
       An array like `q`.
     """
-    if not _cudnn_supports(q, k, segment_ids):
-        return _xla(q, k, v, segment_ids)
-    return jax.lax.platform_dependent(q, k, v, segment_ids, cuda=_cudnn, default=_xla)
+    options = _Options(window, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    xla = functools.partial(_xla, options=options)
+    if not _cudnn_supports(q, k, segment_ids, options):
+        return xla(q, k, v, segment_ids)
+    cudnn = functools.partial(_cudnn, options=options)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, cuda=cudnn, default=xla)
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Attention of new tokens to the slots of a cache.
 
     Args:
@@ -44,17 +68,28 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
       k: `[batch kv_heads slots head_dim]`, as the cache keeps it.
       v: like `k`.
       mask: `Bool[batch length slots]`, True where a token sees a slot.
+      scale: as in `causal_attention`.
+      softcap: likewise.
 
     Returns:
       An array like `q`.
     """
-    blocks = [_attend(q[:, s:e], k, v, mask[:, s:e]) for s, e in _query_blocks(q.shape[1])]
+    options = _Options(None, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    blocks = [_attend(q[:, s:e], k, v, mask[:, s:e], options) for s, e in _query_blocks(q.shape[1])]
     return jnp.concatenate(blocks, axis=1)
 
 
-def _cudnn_supports(q: jax.Array, k: jax.Array, segment_ids: jax.Array | None) -> bool:
+class _Options(NamedTuple):
+    window: int | None
+    scale: float
+    softcap: float | None
+
+
+def _cudnn_supports(
+    q: jax.Array, k: jax.Array, segment_ids: jax.Array | None, options: _Options
+) -> bool:
     """Whether cuDNN can take these shapes, were they lowered for an NVIDIA GPU."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or options.softcap is not None:
         return False
     if segment_ids is not None and q.shape[1] % 2:  # its backward pass wants an even length then
         return False
@@ -64,36 +99,62 @@ def _cudnn_supports(q: jax.Array, k: jax.Array, segment_ids: jax.Array | None) -
         if float(capability) < 8.0:
             return False
     try:
-        jax.eval_shape(_cudnn, q, k, k, segment_ids)
+        jax.eval_shape(functools.partial(_cudnn, options=options), q, k, k, segment_ids)
     except (NotImplementedError, RuntimeError, ValueError):
         return False  # jax documents that it raises where the shape, the dtype or cuDNN is missing
     return True
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    # cuDNN takes segments as a bias of one head's size; the kernel adds it block by block.
-    mask = None if segment_ids is None else _same_segment(segment_ids, segment_ids)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
-
-
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    return checkpoint_name(_blockwise(q, k, v, segment_ids), remat.ATTENTION)
-
-
-# Only q, k and v are kept for the backward pass, as by cuDNN: scores are computed again.
-@jax.checkpoint
-def _blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, options: _Options
 ) -> jax.Array:
-    """Attention one block of queries at a time, leaving out the keys after the block."""
+    window = None if options.window is None else (options.window - 1, 0)
+    mask = None
+    if segment_ids is not None:
+        # cuDNN takes segments as a bias of one head's size; the kernel adds it block by block. The
+        # bias holds the window too: whether cuDNN's own window goes with a bias is not documented.
+        mask = _same_segment(segment_ids, segment_ids)
+        if options.window is not None:
+            index = jnp.arange(q.shape[1])
+            mask &= index[:, None] - index < options.window
+        mask, window = mask[:, None], None
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=True,
+        scale=options.scale,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+
+
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, options: _Options
+) -> jax.Array:
+    # Only q, k and v are kept for the backward pass, as by cuDNN: scores are computed again.
+    blockwise = jax.checkpoint(functools.partial(_blockwise, options=options))
+    return checkpoint_name(blockwise(q, k, v, segment_ids), remat.ATTENTION)
+
+
+def _blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, *, options: _Options
+) -> jax.Array:
+    """Attention one block of queries at a time, leaving out the keys that no query in it sees."""
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [batch kv_heads length head_dim]
     index = jnp.arange(q.shape[1])
     blocks = []
     for start, end in _query_blocks(q.shape[1]):
-        mask = (index[start:end, None] >= index[:end])[None]  # [1 block end]
+        first = 0 if options.window is None else max(0, start - options.window + 1)
+        behind = index[start:end, None] - index[first:end]
+        mask = behind >= 0 if options.window is None else (behind >= 0) & (behind < options.window)
+        mask = mask[None]  # [1 block keys]
         if segment_ids is not None:
-            mask &= _same_segment(segment_ids[:, start:end], segment_ids[:, :end])
-        blocks.append(_attend(q[:, start:end], k[:, :, :end], v[:, :, :end], mask))
+            mask &= _same_segment(segment_ids[:, start:end], segment_ids[:, first:end])
+        blocks.append(
+            _attend(q[:, start:end], k[:, :, first:end], v[:, :, first:end], mask, options)
+        )
     return jnp.concatenate(blocks, axis=1)
 
 
@@ -103,18 +164,22 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, options: _Options
+) -> jax.Array:
     """Softmax attention of `[batch block heads head_dim]` to `[batch kv_heads slots head_dim]`."""
     batch, block, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
     groups = heads // kv_heads
     # The heads that share a key are rows of one product: [batch kv_heads block*groups head_dim].
     q = jnp.swapaxes(q.reshape(batch, block, kv_heads, groups, head_dim), 1, 2)
-    q = (q * head_dim**-0.5).reshape(batch, kv_heads, block * groups, head_dim)
+    q = (q * options.scale).reshape(batch, kv_heads, block * groups, head_dim)
     mask = jnp.broadcast_to(mask[:, :, None], (*mask.shape[:2], groups, slots))
     mask = mask.reshape(-1, 1, block * groups, slots)
 
     scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32)
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
     scores = jnp.where(mask, scores, _MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)

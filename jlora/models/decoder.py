@@ -1,18 +1,26 @@
-"""A decoder-only transformer of the Llama family, in Flax Linen, with scanned layers.
+"""A decoder-only transformer in Flax Linen, with scanned layers.
 
-One definition serves Llama, Mistral, Qwen2, SmolLM2 and kin; `DecoderConfig` says what differs.
-Parameters of all layers are stacked on a leading axis; kernels are `[d_in, d_out]`:
+One definition serves Llama, Mistral, Qwen, Gemma, Phi, Mixtral and kin; `DecoderConfig` says what
+differs. Parameters of all layers are stacked on a leading axis; kernels are `[d_in, d_out]`:
 
     embed_tokens/embedding                      [vocab d]
     layers/self_attn/{q,k,v,o}_proj/kernel      [layers d_in d_out], with bias [layers d_out] if any
+    layers/self_attn/{q,k}_norm/scale           [layers head_dim], if any
     layers/mlp/{gate,up,down}_proj/kernel       [layers d_in d_out]
     layers/{input,post_attention}_layernorm/scale   [layers d]
+    layers/{pre,post}_feedforward_layernorm/scale   [layers d], if any
     norm/scale                                  [d]
     lm_head/kernel                              [d vocab], unless tied to the embedding
+
+Fused projections are `self_attn/qkv_proj` and `mlp/gate_up_proj`. A mixture of experts has
+
+    layers/mlp/gate/kernel                      [layers d experts], the router
+    layers/mlp/experts/{gate_up,down}_proj/kernel   [layers experts d_in d_out]
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -20,104 +28,24 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jlora.models import cache as kv_cache
 from jlora.models import remat, rotary
 from jlora.models.attention import cached_attention, causal_attention
+from jlora.models.cache import Cache, init_cache
+from jlora.models.decoder_config import DecoderConfig, Experts
+from jlora.models.layers import MLP, Linear, RMSNorm, normal
+from jlora.models.moe import MoE
 from jlora.models.rotary import RopeScaling
 
-__all__ = ["Cache", "Decoder", "DecoderConfig", "RopeScaling", "init_cache", "param_shapes"]
-
-_normal = nn.initializers.normal(0.02)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder and how it computes.
-
-    Attributes:
-      vocab_size: rows of the embedding.
-      hidden_size: width of the residual stream.
-      intermediate_size: width inside the MLP.
-      num_layers: decoder layers.
-      num_heads: query heads.
-      num_kv_heads: key and value heads; divides `num_heads`.
-      head_dim: width of one head.
-      max_positions: tokens the model was made for; kept for files, not enforced.
-      rms_norm_eps: added to the mean square.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: None or how they are stretched.
-      tie_embeddings: whether the head is the embedding's transpose.
-      qkv_bias: whether q, k and v projections add a bias.
-      o_bias: whether the attention's output projection adds a bias.
-      mlp_bias: whether the MLP's projections add a bias.
-      dtype: of activations and products; statistics, softmax and logits are float32.
-      remat: what the backward pass computes again, a name in `remat.POLICIES` or "keep:...".
-      unroll: layers in one iteration of the loop over them. With all of them there is no loop: the
-        program is faster, because nothing is copied into stacks, and compiles for longer.
-      family: the architecture's name in files: "llama", "mistral" or "qwen2".
-      bos_token_id: kept for files.
-      eos_token_ids: kept for files.
-      pad_token_id: kept for files.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    dtype: str = "float32"
-    remat: str = "none"
-    unroll: int = 1
-    family: str = "llama"
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-                      "unroll"):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}."
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
-        remat.check(self.remat)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "valid", "index"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far. All rows of a batch fill the same slots.
-
-    Attributes:
-      keys: `[layers batch kv_heads slots head_dim]`, rotated.
-      values: like `keys`.
-      valid: `Bool[batch slots]`, False in slots that are empty or hold padding.
-      index: `Int32[]`, the next free slot.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    valid: jax.Array
-    index: jax.Array
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "Experts",
+    "RopeScaling",
+    "init_cache",
+    "param_shapes",
+]
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, Any]:
@@ -126,86 +54,34 @@ def param_shapes(config: DecoderConfig) -> dict[str, Any]:
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
 
 
-def init_cache(config: DecoderConfig, batch_size: int, length: int, dtype: Any = None) -> Cache:
-    """An empty cache.
-
-    Args:
-      config: of the decoder.
-      batch_size: rows.
-      length: slots, for prompts (padding included) and new tokens together.
-      dtype: of keys and values, `config.dtype` by default.
-    """
-    shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
-    dtype = jnp.dtype(dtype or config.dtype)
-    return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
-        valid=jnp.zeros((batch_size, length), bool),
-        index=jnp.zeros((), jnp.int32),
-    )
+# Cosine and sine.
+_Angles: TypeAlias = tuple[jax.Array, jax.Array]
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["angles", "local_angles", "segment_ids", "mask", "local_mask", "index"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True)
 class _Context:
-    """What every layer shares: rotary angles, who sees whom, and where new keys go."""
+    """What every layer shares: rotary angles, who sees whom, and where new keys go.
 
-    cos: jax.Array
-    sin: jax.Array
+    What is called local is for the layers that slide.
+    """
+
+    angles: _Angles
+    local_angles: _Angles
     segment_ids: jax.Array | None = None
     mask: jax.Array | None = None
+    local_mask: jax.Array | None = None
     index: jax.Array | None = None
 
 
-jax.tree_util.register_dataclass(
-    _Context, data_fields=["cos", "sin", "segment_ids", "mask", "index"], meta_fields=[]
-)
-
 # The residual stream; with a cache also all its keys and values and the number of the layer.
 _Carry: TypeAlias = tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array] | None]
-
-
-class Linear(nn.Module):
-    """`x @ kernel`, plus a bias if asked."""
-
-    features: int
-    use_bias: bool
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps the last axis of `x` to `features`."""
-        kernel = self.param("kernel", _normal, (x.shape[-1], self.features))
-        y = x @ kernel.astype(self.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype)
-        return checkpoint_name(y, self.name or "")
-
-
-class RMSNorm(nn.Module):
-    """Divides by the root mean square over the last axis, in float32, and scales."""
-
-    epsilon: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises `x`; the result has the compute dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        return _rms_norm(x, scale.astype(self.dtype), self.epsilon)
-
-
-# Elementwise, so computing it again is cheaper than keeping its float32 intermediates.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
-def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
-    return y.astype(scale.dtype) * scale
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+# Whether a layer slides: known when the program is built, or not if layers of a loop differ.
+_Slides: TypeAlias = bool | jax.Array
 
 
 class Embedding(nn.Module):
@@ -216,11 +92,15 @@ class Embedding(nn.Module):
     def setup(self):
         """Declares the table."""
         shape = (self.config.vocab_size, self.config.hidden_size)
-        self.embedding = self.param("embedding", _normal, shape)
+        self.embedding = self.param("embedding", normal, shape)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """The vectors of tokens; NaN for a token that is not in the vocabulary."""
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        if self.config.scale_embeddings:
+            # Rounded to the compute dtype first, as these models were trained.
+            x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
+        return x
 
     def attend(self, x: jax.Array, dtype: Any) -> jax.Array:
         """Products with every token's vector."""
@@ -237,7 +117,7 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, dtype: Any) -> jax.Array:
         """Logits."""
         shape = (self.config.hidden_size, self.config.vocab_size)
-        kernel = self.param("kernel", _normal, shape).astype(self.config.dtype)
+        kernel = self.param("kernel", normal, shape).astype(self.config.dtype)
         return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
@@ -247,39 +127,73 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Any, context: _Context) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, cache: Any, context: _Context, slides: _Slides
+    ) -> tuple[jax.Array, Any]:
         """Attends; with a cache, puts the new keys and values into it first."""
         c = self.config
-        linear = functools.partial(Linear, dtype=c.dtype)
-        kv_features = c.num_kv_heads * c.head_dim
-        q = linear(c.num_heads * c.head_dim, c.qkv_bias, name="q_proj")(x)
-        k = linear(kv_features, c.qkv_bias, name="k_proj")(x)
-        v = linear(kv_features, c.qkv_bias, name="v_proj")(x)
-        q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (q, k, v))
-        q, k = (rotary.rotate(y, context.cos, context.sin) for y in (q, k))
+        q, k, v = self._project(x)
+        if c.qk_norm:
+            q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
+        cos, sin = _choose(slides, context.local_angles, context.angles)
+        q, k = (rotary.rotate(y, cos, sin) for y in (q, k))
         if cache is None:
-            out = causal_attention(q, k, v, segment_ids=context.segment_ids)
+            out = self._attend(q, k, v, context.segment_ids, slides)
         else:
-            assert context.mask is not None
-            cache, k, v = _update(cache, k, v, context.index)
-            out = cached_attention(q, k.astype(q.dtype), v.astype(q.dtype), context.mask)
+            cache, k, v = kv_cache.update(cache, k, v, context.index)
+            mask = _choose(slides, context.local_mask, context.mask)
+            out = cached_attention(
+                q, k.astype(q.dtype), v.astype(q.dtype), mask, **self._score_options()
+            )
         out = out.reshape(*x.shape[:2], -1)
-        return linear(c.hidden_size, c.o_bias, name="o_proj")(out), cache
+        return Linear(c.hidden_size, c.o_bias, c.dtype, name="o_proj")(out), cache
 
-
-class MLP(nn.Module):
-    """The gated feed-forward block."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`down(silu(gate(x)) * up(x))`."""
+    def _project(self, x: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values, `[batch length heads head_dim]`."""
         c = self.config
-        linear = functools.partial(Linear, use_bias=c.mlp_bias, dtype=c.dtype)
-        gate = linear(c.intermediate_size, name="gate_proj")(x)
-        up = linear(c.intermediate_size, name="up_proj")(x)
-        return linear(c.hidden_size, name="down_proj")(_swiglu(gate, up))
+        linear = functools.partial(Linear, use_bias=c.qkv_bias, dtype=c.dtype)
+        q_features, kv_features = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        if c.fused_projections:
+            qkv = linear(q_features + 2 * kv_features, name="qkv_proj")(x)
+            parts = jnp.split(qkv, (q_features, q_features + kv_features), axis=-1)
+        else:
+            parts = [
+                linear(q_features, name="q_proj")(x),
+                linear(kv_features, name="k_proj")(x),
+                linear(kv_features, name="v_proj")(x),
+            ]
+        return [y.reshape(*y.shape[:2], -1, c.head_dim) for y in parts]
+
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        segment_ids: jax.Array | None,
+        slides: _Slides,
+    ) -> jax.Array:
+        def attend(window: int | None, *args: Any) -> jax.Array:
+            q, k, v, segment_ids = args
+            return causal_attention(
+                q, k, v, segment_ids=segment_ids, window=window, **self._score_options()
+            )
+
+        window = self.config.sliding_window
+        full, local = functools.partial(attend, None), functools.partial(attend, window)
+        if window is None or window >= q.shape[1]:
+            slides = False
+        if isinstance(slides, bool):
+            return (local if slides else full)(q, k, v, segment_ids)
+        # A branch, not a mask made from `slides`: in each the window is static, so blocks of keys
+        # outside it are left out and cuDNN can be chosen. And not a loop over groups of layers that
+        # repeat (Gemma 3: five that slide, one that does not): parameters would no longer be one
+        # stack over layers, and 26 or 62 layers are no whole number of groups.
+        return jax.lax.cond(slides, local, full, q, k, v, segment_ids)
+
+    def _score_options(self) -> dict[str, Any]:
+        c = self.config
+        scale = (c.head_dim if c.query_scalar is None else c.query_scalar) ** -0.5
+        return {"scale": scale, "softcap": c.attention_softcap}
 
 
 class Layer(nn.Module):
@@ -288,16 +202,33 @@ class Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry: _Carry, context: _Context) -> tuple[_Carry, None]:
-        """Adds attention and MLP to the residual stream."""
+    def __call__(
+        self, carry: _Carry, context: _Context, slides: _Slides | None = None
+    ) -> tuple[_Carry, None]:
+        """Adds attention and MLP to the residual stream.
+
+        Args:
+          carry: the residual stream and the cache.
+          context: of all layers.
+          slides: whether this layer does; by default as all do.
+        """
         x, cache = carry
         x = checkpoint_name(x, remat.LAYER_INPUT)
-        norm = functools.partial(RMSNorm, self.config.rms_norm_eps, self.config.dtype)
-        attention = Attention(self.config, name="self_attn")
-        out, cache = attention(norm(name="input_layernorm")(x), cache, context)
-        x = x + out
-        mlp = MLP(self.config, name="mlp")
-        x = x + mlp(norm(name="post_attention_layernorm")(x))
+        c = self.config
+        if slides is None:
+            slides = c.sliding_window is not None
+        norm = functools.partial(RMSNorm, c)
+        after_attention, before_mlp, after_mlp = (
+            ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+            if c.post_norms
+            else (None, "post_attention_layernorm", None)
+        )
+        attention = Attention(c, name="self_attn")
+        out, cache = attention(norm(name="input_layernorm")(x), cache, context, slides)
+        x = x + (norm(name=after_attention)(out) if after_attention else out)
+        mlp = (MLP if c.experts is None else MoE)(c, name="mlp")
+        out = mlp(norm(name=before_mlp)(x))
+        x = x + (norm(name=after_mlp)(out) if after_mlp else out)
         return (x, cache), None
 
 
@@ -317,11 +248,11 @@ class Decoder(nn.Module):
             _scanned_layer(c.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (flax says int)
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (flax says int)
             length=c.num_layers,
             unroll=min(c.unroll, c.num_layers),
         )(c)
-        self.norm = RMSNorm(c.rms_norm_eps, c.dtype)
+        self.norm = RMSNorm(c)
         if not c.tie_embeddings:
             self.lm_head = Head(c)
 
@@ -362,7 +293,10 @@ class Decoder(nn.Module):
     def head(self, x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
         """Logits of hidden states: `[... d]` to `[... vocab]`, of `dtype`, summed in float32."""
         top = self.embed_tokens.attend if self.config.tie_embeddings else self.lm_head
-        return top(x, dtype)
+        cap = self.config.logit_softcap
+        if cap is None:
+            return top(x, dtype)
+        return (cap * jnp.tanh(top(x, jnp.float32) / cap)).astype(dtype)
 
     def hidden(
         self,
@@ -381,8 +315,9 @@ class Decoder(nn.Module):
                 segment_ids = jnp.where(padding_mask, ids, 0)
             if positions is None:
                 positions = _positions(tokens, segment_ids)
-            context = _Context(*self._angles(positions), segment_ids=segment_ids)
-            return self.norm(self._through_layers(self.embed_tokens(tokens), context))
+            last = rotary.last_positions(positions, segment_ids)
+            context = _Context(*self._angles(positions, last), segment_ids=segment_ids)
+            return self.norm(self._through_layers((self.embed_tokens(tokens), None), context)[0])
 
         if padding_mask is None:
             padding_mask = jnp.ones(tokens.shape, bool)
@@ -390,34 +325,42 @@ class Decoder(nn.Module):
             seen = cache.valid.sum(axis=-1, keepdims=True, dtype=jnp.int32)
             positions = seen + jnp.maximum(_count(padding_mask) - 1, 0)
         valid = jax.lax.dynamic_update_slice(cache.valid, padding_mask, (0, cache.index))
-        slots = jnp.arange(valid.shape[1])
-        causal = slots <= cache.index + jnp.arange(tokens.shape[1])[:, None]  # [length slots]
-        cos, sin = self._angles(positions)
-        context = _Context(cos, sin, mask=causal & valid[:, None], index=cache.index)
+        length, slots = tokens.shape[1], valid.shape[1]
+        mask, local_mask = kv_cache.masks(valid, cache.index, length, self.config.sliding_window)
+        # Keys in the cache are rotated already, so the frequencies of all calls must be the same:
+        # those for the longest text that fits.
+        angles = self._angles(positions, slots - 1)
+        context = _Context(*angles, mask=mask, local_mask=local_mask, index=cache.index)
         layers = (cache.keys, cache.values, jnp.zeros((), jnp.int32))
-        (x, layers), _ = self.layers((self.embed_tokens(tokens), layers), context)
-        index = cache.index + tokens.shape[1]
-        return self.norm(x), Cache(layers[0], layers[1], valid, index)
+        x, layers = self._through_layers((self.embed_tokens(tokens), layers), context)
+        return self.norm(x), Cache(layers[0], layers[1], valid, cache.index + length)
 
-    def _through_layers(self, x: jax.Array, context: _Context) -> jax.Array:
+    def _through_layers(self, carry: _Carry, context: _Context) -> Any:
         c = self.config
-        if c.unroll < c.num_layers or c.remat == "none" or self.is_initializing():
-            return self.layers((x, None), context)[0][0]
+        looped = c.unroll < c.num_layers or c.remat == "none" or self.is_initializing()
+        if looped or carry[1] is not None:
+            slides = jnp.asarray(c.sliding_layers) if c.sliding_layers else None
+            return self.layers(carry, context, slides)[0]
 
         # A loop of Python, where nn.scan would cut all layers out of the stack beforehand: here it
         # is part of what is computed again, and no slice lives until the backward pass.
-        def run(index: int, stack: Any, x: jax.Array, context: _Context) -> jax.Array:
+        def run(index: int, stack: Any, carry: _Carry, context: _Context) -> _Carry:
             params = jax.tree.map(lambda w: jax.lax.index_in_dim(w, index, keepdims=False), stack)
-            return Layer(c, parent=None).apply({"params": params}, (x, None), context)[0][0]
+            layer = Layer(c, parent=None)
+            return layer.apply({"params": params}, carry, context, c.slides[index])[0]
 
         stack = self.variables["params"]["layers"]
         for index in range(c.num_layers):
-            x = remat.wrap(functools.partial(run, index), c.remat)(stack, x, context)
-        return x
+            carry = remat.wrap(functools.partial(run, index), c.remat)(stack, carry, context)
+        return carry
 
-    def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _angles(self, positions: jax.Array, last: jax.Array | int) -> tuple[_Angles, _Angles]:
+        """Of full layers and of sliding ones; for `last` see `rotary.angles`."""
         c = self.config
-        return rotary.angles(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        angles = rotary.angles(positions, c.rotary_dim, c.rope_theta, c.rope_scaling, last)
+        if c.local_rope_theta is None:
+            return angles, angles
+        return angles, rotary.angles(positions, c.rotary_dim, c.local_rope_theta)
 
 
 def _scanned_layer(name: str) -> type[nn.Module]:
@@ -426,21 +369,12 @@ def _scanned_layer(name: str) -> type[nn.Module]:
     return nn.remat(Layer, policy=remat.policy(name), prevent_cse=False)
 
 
-def _update(
-    cache: tuple[jax.Array, jax.Array, jax.Array], k: jax.Array, v: jax.Array, index: Any
-) -> tuple[Any, jax.Array, jax.Array]:
-    """Writes this layer's new keys and values; returns the cache and this layer's part of it."""
-    keys, values, layer = cache
-
-    def put(whole: jax.Array, new: jax.Array) -> jax.Array:
-        new = jnp.swapaxes(new, 1, 2).astype(whole.dtype)[
-            None
-        ]  # [1 batch kv_heads length head_dim]
-        return jax.lax.dynamic_update_slice(whole, new, (layer, 0, 0, index, 0))
-
-    keys, values = put(keys, k), put(values, v)
-    k, v = (jax.lax.dynamic_index_in_dim(whole, layer, keepdims=False) for whole in (keys, values))
-    return (keys, values, layer + 1), k, v
+def _choose(slides: _Slides, local: Any, full: Any) -> Any:
+    if local is full:
+        return full
+    if isinstance(slides, bool):
+        return local if slides else full
+    return jax.tree.map(lambda a, b: jnp.where(slides, a, b), local, full)
 
 
 def _count(real: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ one tensor a layer; ours are `[in, out]`, stacked over layers.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -20,8 +21,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jlora.models import bnb, hf_config, weights
-from jlora.models.decoder import DecoderConfig, param_shapes
+from jlora.models import bnb, hf_config, hf_names, weights
+from jlora.models.decoder import param_shapes
+from jlora.models.decoder_config import DecoderConfig
+from jlora.models.hf_names import hf_name, is_transposed
 from jlora.quant import Format
 
 __all__ = ["hf_name", "is_transposed", "load", "save", "shapes", "tokenizer_files"]
@@ -39,30 +42,6 @@ _TOKENIZER_FILES = (
 _SHARD_BYTES = 5_000_000_000
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LISTED = 20  # tensors of one kind that a message names
-
-
-def hf_name(path: str) -> str:
-    """The tensor name of a parameter, with `{}` for the number of its layer if it has one.
-
-    >>> hf_name("layers/self_attn/q_proj/kernel")
-    'model.layers.{}.self_attn.q_proj.weight'
-    """
-    *modules, leaf = path.split("/")
-    suffix = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}.get(
-        leaf
-    )
-    if not modules or suffix is None:
-        raise KeyError(f"No Hugging Face name for the parameter {path!r}.")
-    if modules[0] == "layers":
-        modules[:1] = ["model", "layers", "{}"]
-    elif modules[0] != "lm_head":
-        modules[:0] = ["model"]
-    return ".".join([*modules, suffix])
-
-
-def is_transposed(path: str) -> bool:
-    """Whether the tensor in the file is the transpose of the parameter (of each of its layers)."""
-    return path.endswith("/kernel")
 
 
 def load(
@@ -143,7 +122,7 @@ def save(
         for name, text in texts.items():
             (staging / name).write_bytes(text.encode())
         try:
-            _write_tensors(staging, flat)
+            _write_tensors(staging, flat, config.family)
         except safetensors.SafetensorError as error:
             raise OSError(f"Could not write tensors to {directory}: {error}") from error
 
@@ -179,32 +158,57 @@ def _opened(
         }
         tensors = bnb.collect(tensors) if packed else tensors
         shapes = _flatten(param_shapes(config))
-        _check_tensors(directory, tensors, shapes, tied=config.tie_embeddings)
+        stacked = any(name.endswith(".experts.gate_up_proj") for name in tensors)
+        parts = {
+            path: hf_names.parts(path, leaf.shape, config.family, stacked_experts=stacked)
+            for path, leaf in shapes.items()
+        }
+        _check_tensors(directory, tensors, shapes, parts, tied=config.tie_embeddings)
         yield (
             config,
             [
-                _source(path, leaf.shape, [tensors[name] for name in _names(path, leaf.shape)],
-                        dtype, quantize)
+                _source(path, leaf.shape, tensors, parts[path], dtype, quantize)
                 for path, leaf in shapes.items()
             ],
-        )  # fmt: skip
+        )
 
 
 def _source(
     path: str,
     shape: tuple[int, ...],
-    tensors: Sequence["_Tensor | bnb.Packed"],
+    tensors: Mapping[str, Any],
+    parts: Mapping[str, hf_names.Index],
     dtype: Any,
     quantize: Format | None,
 ) -> weights.Source:
     stacked = "{}" in hf_name(path)
-    if any(isinstance(tensor, bnb.Packed) for tensor in tensors):
-        return bnb.source(path, shape, tensors, dtype, quantize, stacked=stacked)
-    if dtype is None:
-        dtype = jnp.result_type(*(jnp.dtype(_DTYPES[tensor.stored]) for tensor in tensors))
-    leaf = weights.plan(path, shape, dtype, quantize)
-    layers = [lambda tensor=tensor: [tensor.read()] for tensor in tensors]
+    found = [tensors[name] for name in parts]
+    many = stacked and len(parts) > shape[0]
+    if packed := [tensor for tensor in found if isinstance(tensor, bnb.Packed)]:
+        if many:
+            raise NotImplementedError(
+                f"{packed[0].file} holds experts in four bits; those are read from files that are "
+                "not quantised, with quantize= to pack them."
+            )
+        return bnb.source(path, shape, found, dtype, quantize, stacked=stacked)
+    stored = jnp.result_type(*{jnp.dtype(_DTYPES[tensor.stored]) for tensor in found})
+    leaf = weights.plan(path, shape, stored if dtype is None else dtype, quantize)
     form = "transposed" if is_transposed(path) else "plain"
+    if not many:
+        layers = [lambda tensor=tensor: [tensor.read()] for tensor in found]
+        return weights.Source(path, leaf, layers, form, stacked)
+
+    def read(layer: int) -> list[np.ndarray]:
+        """One layer's experts, whose tensors come one by one, as if they were one tensor."""
+        whole = np.empty(hf_names.tensor_shape(path, shape, (layer,)), stored)
+        for name, index in parts.items():
+            if index[0] == layer:
+                hf_names.oriented(whole, path)[index[1:]] = hf_names.oriented(
+                    tensors[name].read(), path
+                )
+        return [whole]
+
+    layers = [functools.partial(read, layer) for layer in range(shape[0])]
     return weights.Source(path, leaf, layers, form, stacked)
 
 
@@ -262,28 +266,18 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _names(path: str, shape: Sequence[int]) -> list[str]:
-    """The tensors of one parameter, in the order of its layers."""
-    template = hf_name(path)
-    return [template.format(i) for i in range(shape[0])] if "{}" in template else [template]
-
-
-def _tensor_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = shape[1:] if "{}" in hf_name(path) else shape
-    return shape[::-1] if is_transposed(path) else shape
-
-
 def _check_tensors(
     directory: Path,
     tensors: Mapping[str, Any],
     shapes: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, hf_names.Index]],
     *,
     tied: bool,
 ) -> None:
     expected = {
-        name: _tensor_shape(path, leaf.shape)
+        name: hf_names.tensor_shape(path, leaf.shape, index)
         for path, leaf in shapes.items()
-        for name in _names(path, leaf.shape)
+        for name, index in parts[path].items()
     }
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in tensors]
     unexpected, misshapen = [], []
@@ -345,18 +339,18 @@ def _refuse(message: str, faults: Mapping[str, Sequence[str]]) -> None:
         raise ValueError("\n".join(lines))
 
 
-def _write_tensors(directory: Path, flat: Mapping[str, Any]) -> None:
+def _write_tensors(directory: Path, flat: Mapping[str, Any], family: str) -> None:
     """Writes one file, or shards and their index; one shard at a time is in memory besides."""
-    shards: list[list[tuple[str, str, int]]] = [[]]  # (tensor, parameter, its layer)
+    shards: list[list[tuple[str, str, hf_names.Index]]] = [[]]  # (tensor, parameter, its part)
     room = _SHARD_BYTES
     for path, leaf in flat.items():
-        names = _names(path, leaf.shape)
-        size = leaf.size * leaf.dtype.itemsize // len(names)
-        for layer, name in enumerate(names):
+        parts = hf_names.parts(path, leaf.shape, family)
+        size = leaf.size * leaf.dtype.itemsize // len(parts)
+        for name, index in parts.items():
             if size > room and shards[-1]:
                 shards.append([])
                 room = _SHARD_BYTES
-            shards[-1].append((name, path, layer))
+            shards[-1].append((name, path, index))
             room -= size
     if len(shards) == 1:
         _write_shard(directory / _SINGLE, shards[0], flat)
@@ -372,14 +366,13 @@ def _write_tensors(directory: Path, flat: Mapping[str, Any]) -> None:
 
 
 def _write_shard(
-    file: Path, shard: Sequence[tuple[str, str, int]], flat: Mapping[str, Any]
+    file: Path, shard: Sequence[tuple[str, str, hf_names.Index]], flat: Mapping[str, Any]
 ) -> None:
     tensors, whole, current = {}, np.empty(0), None
-    for name, path, layer in shard:
+    for name, path, index in shard:
         if path != current:
             whole, current = np.asarray(flat[path]), path
-        value = whole[layer] if "{}" in hf_name(path) else whole
-        tensors[name] = np.ascontiguousarray(value.T if is_transposed(path) else value)
+        tensors[name] = np.ascontiguousarray(hf_names.oriented(whole[index], path))
     safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -10,58 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jlora.models.decoder import DecoderConfig, RopeScaling
+from jlora.models import hf_rope
+from jlora.models.decoder_config import DecoderConfig, Experts
+from jlora.models.hf_families import FAMILIES, HARMLESS, NO_EFFECT, READ
 
 __all__ = ["from_json", "to_json"]
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-# What a config.json may leave out, and what transformers then takes.
-_DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-_READ = frozenset(
-    """architectures model_type dtype torch_dtype vocab_size hidden_size intermediate_size
-    num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings
-    rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters bos_token_id
-    eos_token_id pad_token_id""".split()  # noqa: SIM905
-)
-# Read for these families; for others transformers has no such field.
-_READ_BY_FAMILY = {
-    "llama": {"attention_bias", "mlp_bias"},
-    "mistral": {"sliding_window"},
-    "qwen2": {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"},
-}
-# Provenance, generation defaults, classification heads, settings of other programs.
-_NO_EFFECT = frozenset(
-    """transformers_version use_cache initializer_range pretraining_tp is_llama_config
-    transformers.js_config unsloth_version unsloth_fixed model_name attn_implementation
-    output_hidden_states output_attentions output_scores return_dict return_dict_in_generate
-    chunk_size_feed_forward id2label label2id num_labels problem_type finetuning_task
-    task_specific_params tokenizer_class prefix sep_token_id decoder_start_token_id torchscript
-    forced_bos_token_id forced_eos_token_id max_length min_length max_new_tokens do_sample
-    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
-    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens remove_invalid_values""".split()  # noqa: SIM905
-)
-# Fields that are no trouble at these values.
-_HARMLESS = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1,)}
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-}
 
 
 def from_json(data: Mapping[str, Any], *, source: str) -> DecoderConfig:
@@ -78,44 +31,56 @@ def from_json(data: Mapping[str, Any], *, source: str) -> DecoderConfig:
       NotImplementedError: if it describes a model that the decoder does not compute.
       ValueError: if a field is missing or cannot be.
     """
-    family = _family(data, source)
-    _refuse_unknown(data, family, source)
-    _refuse_sliding_window(data, family, source)
+    name = _family_name(data, source)
+    family = FAMILIES[name]
+    _refuse_unknown(data, name, source)
+
+    def get(key: str) -> Any:
+        return data.get(key, family.defaults.get(key))
 
     def need(key: str) -> Any:
-        value = data.get(key, _DEFAULTS.get(key))
-        if value is None:
+        if (value := get(key)) is None:
             raise ValueError(f"{source} lacks {key!r}.")
         return value
 
     num_heads, hidden_size = need("num_attention_heads"), need("hidden_size")
     kv_heads = data.get("num_key_value_heads")
     if kv_heads is None:
-        kv_heads = num_heads if family == "llama" else need("num_key_value_heads")
-    theta, scaling = _rope(data, source)
+        kv_heads = num_heads if name in ("llama", "phi3") else need("num_key_value_heads")
     eos = data.get("eos_token_id")
-    attention_bias = family == "qwen2" or bool(data.get("attention_bias"))
+    attention_bias = bool(data.get("attention_bias"))
+    window, slides = _windows(data, name, source)
+    width = "moe_intermediate_size" if name == "qwen3_moe" else "intermediate_size"
+    fields = {
+        "qkv_bias": attention_bias,
+        "experts": _experts(data, name, source),
+        "query_scalar": get("query_pre_attn_scalar"),
+        "attention_softcap": get("attn_logit_softcapping"),
+        "logit_softcap": get("final_logit_softcapping"),
+        **hf_rope.read(data, name, source),
+        **family.common,
+    }
     return DecoderConfig(
         vocab_size=need("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=need("intermediate_size"),
+        intermediate_size=need(width),
         num_layers=need("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=kv_heads,
-        head_dim=data.get("head_dim") or hidden_size // num_heads,
+        head_dim=get("head_dim") or hidden_size // num_heads,
         max_positions=need("max_position_embeddings"),
         rms_norm_eps=need("rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        sliding_window=window,
+        sliding_layers=slides,
         tie_embeddings=need("tie_word_embeddings"),
-        qkv_bias=attention_bias,
-        o_bias=attention_bias and family == "llama",
+        o_bias=attention_bias,
         mlp_bias=bool(data.get("mlp_bias")),
         dtype=_dtype(data, source),
-        family=family,
+        family=name,
         bos_token_id=data.get("bos_token_id"),
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         pad_token_id=data.get("pad_token_id"),
+        **fields,
     )
 
 
@@ -129,13 +94,14 @@ def to_json(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
     Raises:
       ValueError: if `config.family` names an architecture that cannot express `config`.
     """
-    if config.family not in _ARCHITECTURES:
-        raise ValueError(f"family must be one of {list(_ARCHITECTURES)}, got {config.family!r}.")
+    name = config.family
+    if name not in FAMILIES:
+        raise ValueError(f"family must be one of {list(FAMILIES)}, got {name!r}.")
+    family = FAMILIES[name]
     eos = config.eos_token_ids
-    scaling = _rope_to_json(config.rope_scaling)
     data: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.family]],
-        "model_type": config.family,
+        "architectures": [family.architecture],
+        "model_type": name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -143,28 +109,31 @@ def to_json(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": family.activations[0],
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling or None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | scaling,
+        **hf_rope.to_json(config),
         "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": config.pad_token_id,
         "dtype": dtype,
         "torch_dtype": dtype,
+        **_windows_to_json(config),
+        **_experts_to_json(config),
     }
-    if config.family == "llama":
-        data |= {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
-    elif config.family == "mistral":
-        data |= {"sliding_window": None}
-    else:
-        data |= {"use_sliding_window": False}
+    if "attention_bias" in family.reads:
+        data["attention_bias"] = config.o_bias
+    if "mlp_bias" in family.reads:
+        data["mlp_bias"] = config.mlp_bias
+    if "hidden_activation" in family.reads:
+        data["hidden_activation"] = family.activations[0]
+        data["query_pre_attn_scalar"] = config.query_scalar
+        data["final_logit_softcapping"] = config.logit_softcap
+    if "attn_logit_softcapping" in family.reads:
+        data["attn_logit_softcapping"] = config.attention_softcap
 
     again = from_json(data, source="config.json")
-    # How it computes is no part of the file.
     again = dataclasses.replace(again, dtype=config.dtype, remat=config.remat, unroll=config.unroll)
     if again != config:
         lost = [
@@ -173,112 +142,131 @@ def to_json(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
             if getattr(config, field.name) != getattr(again, field.name)
         ]
         raise ValueError(
-            f"{_ARCHITECTURES[config.family]} cannot express {', '.join(lost)}; choose another "
-            f"family of {list(_ARCHITECTURES)}."
+            f"{family.architecture} cannot express {', '.join(lost)}; choose another "
+            f"family of {list(FAMILIES)}."
         )
     return data
 
 
-def _family(data: Mapping[str, Any], source: str) -> str:
+def _family_name(data: Mapping[str, Any], source: str) -> str:
     names = data.get("architectures") or []
-    families = {name: family for family, name in _ARCHITECTURES.items()}
+    families = {family.architecture: name for name, family in FAMILIES.items()}
     family = data.get("model_type") or (families.get(names[0]) if names else None)
-    if family not in _ARCHITECTURES or any(families.get(name) != family for name in names):
+    if family not in FAMILIES or any(families.get(name) != family for name in names):
         raise NotImplementedError(
             f"{source} describes model_type {data.get('model_type')!r}, architectures "
-            f"{list(names)}; supported are {list(_ARCHITECTURES.values())}."
+            f"{list(names)}; supported are {list(families)}."
         )
     return family
 
 
-def _refuse_unknown(data: Mapping[str, Any], family: str, source: str) -> None:
-    known = _READ | _NO_EFFECT | _READ_BY_FAMILY[family]
+def _refuse_unknown(data: Mapping[str, Any], name: str, source: str) -> None:
+    family = FAMILIES[name]
+    known = READ | NO_EFFECT | family.reads
     unknown = {
         key: value
         for key, value in data.items()
         # An empty or false value says that something is off, which it is.
-        if value and key not in known and value not in _HARMLESS.get(key, ()) and key[0] != "_"
+        if value and key not in known and value not in HARMLESS.get(key, ()) and key[0] != "_"
     }
-    if data.get("hidden_act", "silu") not in _HARMLESS["hidden_act"]:
-        unknown["hidden_act"] = data["hidden_act"]
+    for key in {"hidden_act", "hidden_activation"} & (READ | family.reads):
+        if data.get(key, family.activations[0]) not in family.activations:
+            unknown[key] = data[key]
     if unknown:
         listed = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
         raise NotImplementedError(
-            f"{source} sets {listed}, which jlora's decoder does not model for {family!r}. If the "
+            f"{source} sets {listed}, which jlora's decoder does not model for {name!r}. If the "
             "field does not change what the model computes, remove it from the file."
         )
 
 
-def _refuse_sliding_window(data: Mapping[str, Any], family: str, source: str) -> None:
-    window = data.get("sliding_window", 4096)  # transformers' default for these families
-    if window is None or window >= data.get("max_position_embeddings", 0):
-        window = None
-    slides = False
-    if family == "mistral":
-        slides = window is not None
-    elif family == "qwen2":
-        num_layers = data.get("num_hidden_layers", 0)
-        slides = bool(data.get("use_sliding_window")) and window is not None
-        slides = slides and data.get("max_window_layers", 28) < num_layers
-        kinds = set(data.get("layer_types") or ()) - {"full_attention"}
-        slides = slides or bool(kinds and window is not None)
-    if slides:
-        raise NotImplementedError(
-            f"{source} sets sliding_window={window}, shorter than its max_position_embeddings; "
-            "jlora's decoder attends to all tokens. If you only use sequences up to the window, "
-            "set sliding_window to null there."
+def _experts(data: Mapping[str, Any], name: str, source: str) -> Experts | None:
+    if "num_experts_per_tok" not in FAMILIES[name].reads:
+        return None
+    counts = {data[key] for key in ("num_local_experts", "num_experts") if data.get(key)}
+    per_token = data.get("num_experts_per_tok")
+    if len(counts) != 1 or not per_token:
+        raise ValueError(
+            f"{source} must say num_experts_per_tok and one number of experts, in "
+            f"num_local_experts or num_experts; it says {per_token!r} and {sorted(counts)}."
         )
-
-
-def _rope(data: Mapping[str, Any], source: str) -> tuple[float, RopeScaling | None]:
-    """Reads the new spelling, `rope_parameters`, or the old, `rope_theta` and `rope_scaling`."""
-    rope = dict(data.get("rope_scaling") or {}) or dict(data.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
-    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
-    rope.pop("type", None)
-    if kind not in _ROPE_KEYS:
-        raise NotImplementedError(
-            f"{source} asks for rotary positions of type {kind!r}; supported are "
-            f"{list(_ROPE_KEYS)}."
-        )
-    wanted = _ROPE_KEYS[kind]
-    unknown = {
-        key: value
-        for key, value in rope.items()
-        if key not in wanted and value and value not in _HARMLESS.get(key, ())
-    }
-    if unknown:
-        raise NotImplementedError(
-            f"{source} sets {unknown} for rotary positions of type {kind!r}, which jlora's "
-            "decoder does not model."
-        )
-    if missing := sorted(wanted - set(rope)):
-        raise ValueError(f"{source} lacks {missing} for rotary positions of type {kind!r}.")
-    if kind == "default":
-        return float(theta), None
-    if kind == "linear":
-        return float(theta), RopeScaling("linear", factor=float(rope["factor"]))
-    return float(theta), RopeScaling(
-        "llama3",
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
+    return Experts(
+        counts.pop(), per_token, renormalize=name == "mixtral" or bool(data.get("norm_topk_prob"))
     )
 
 
-def _rope_to_json(scaling: RopeScaling | None) -> dict[str, Any]:
-    if scaling is None:
+def _experts_to_json(config: DecoderConfig) -> dict[str, Any]:
+    experts = config.experts
+    if experts is None:
         return {}
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
+    data = {"num_local_experts": experts.count, "num_experts_per_tok": experts.per_token}
+    if config.family == "qwen3_moe":
+        data |= {
+            "num_experts": experts.count,
+            "moe_intermediate_size": config.intermediate_size,
+            "norm_topk_prob": experts.renormalize,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return data
+
+
+def _windows(
+    data: Mapping[str, Any], name: str, source: str
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and which layers slide; an empty tuple for all."""
+    family = FAMILIES[name]
+    window = data.get("sliding_window", family.defaults.get("sliding_window"))
+    if "use_sliding_window" in family.reads and not data.get("use_sliding_window"):
+        window = None
+    if "layer_types" not in family.reads:
+        return window, ()
+
+    count = data.get("num_hidden_layers", 0)
+    if kinds := data.get("layer_types"):
+        if len(kinds) != count or set(kinds) - {"sliding_attention", "full_attention"}:
+            raise NotImplementedError(
+                f"{source} sets layer_types={kinds}; jlora's decoder has 'sliding_attention' and "
+                f"'full_attention', one for each of num_hidden_layers={count}."
+            )
+        slides = tuple(kind == "sliding_attention" for kind in kinds)
+    elif name == "gemma2":
+        slides = tuple(i % 2 == 0 for i in range(count))
+    elif name == "gemma3_text":
+        pattern = data.get("sliding_window_pattern", family.defaults["sliding_window_pattern"])
+        slides = tuple((i + 1) % pattern != 0 for i in range(count))
+    else:
+        first = data.get("max_window_layers", family.defaults["max_window_layers"])
+        slides = tuple(window is not None and i >= first for i in range(count))
+    if any(slides) and window is None:
+        raise ValueError(
+            f"{source} has layers that slide, by its layer_types, and no sliding_window."
+        )
+    return window, slides
+
+
+def _windows_to_json(config: DecoderConfig) -> dict[str, Any]:
+    reads, window = FAMILIES[config.family].reads, config.sliding_window
+    data: dict[str, Any] = {}
+    if "sliding_window" in reads:
+        data["sliding_window"] = window
+    if "use_sliding_window" in reads:
+        data["use_sliding_window"] = window is not None
+    if "layer_types" not in reads:
+        return data
+    slides = config.slides
+    data["layer_types"] = ["sliding_attention" if x else "full_attention" for x in slides]
+    if "max_window_layers" in reads:
+        # For readers that do not know layer_types. Without a window the number says nothing.
+        data["max_window_layers"] = slides.index(True) if window is not None else len(slides)
+    elif window is None:
+        data["sliding_window"] = config.max_positions  # of no layer; the field must be there
+    if "sliding_window_pattern" in reads:
+        for pattern in (6, *range(2, len(slides) + 1)):
+            if slides == tuple((i + 1) % pattern != 0 for i in range(len(slides))):
+                data["sliding_window_pattern"] = pattern
+                break
+    return data
 
 
 def _dtype(data: Mapping[str, Any], source: str) -> str:

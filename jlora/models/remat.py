@@ -16,7 +16,10 @@ __all__ = ["ATTENTION", "LAYER_INPUT", "POLICIES", "check", "policy", "wrap"]
 LAYER_INPUT = "layer_input"
 ATTENTION = "attention"
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj",
+    "down_proj", "gate",
+)  # fmt: skip
 _NAMES = (ATTENTION, *_PROJECTIONS)
 
 Policy = Callable[..., Any]

@@ -1,8 +1,9 @@
 """Parameters filled tensor by tensor as a file is read: dense or quantised, where they belong.
 
-A file has one tensor for each layer, mostly `[out, in]`; a parameter is the stack of them. Each
-tensor goes to the devices alone, is quantised there if asked for, and is written into the stack in
-place: the host never holds more than one, the devices one besides what is loaded.
+A file has one tensor for each layer, mostly `[out, in]`; a parameter is the stack of them. The
+experts of a layer count as one tensor, `[experts, out, in]`. Each tensor goes to the devices alone,
+is quantised there if asked for, and is written into the stack in place: the host never holds more
+than one, the devices one besides what is loaded.
 """
 
 import dataclasses
@@ -27,9 +28,10 @@ def is_quantised(path: str) -> bool:
     """Whether loading in a quantised format quantises the parameter at this path.
 
     These are the weights of the linear layers inside the layers, as transformers has it with
-    bitsandbytes: no embedding, no head, no norm, no bias.
+    bitsandbytes, and experts: no embedding, no head, no router, no norm, no bias.
     """
-    return path.startswith("layers/") and path.endswith("/kernel")
+    router = path == "layers/mlp/gate/kernel"
+    return path.startswith("layers/") and path.endswith("/kernel") and not router
 
 
 def plan(path: str, shape: Sequence[int], dtype: Any, fmt: quant.Format | None) -> Any:
@@ -119,7 +121,7 @@ def _automatic(sharding: Sharding | None) -> Sharding | None:
 
 
 def _oriented(tensor: np.ndarray, form: str) -> np.ndarray:
-    return tensor.T if form == "transposed" else tensor
+    return tensor.swapaxes(-1, -2) if form == "transposed" else tensor
 
 
 def _zeros(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
@@ -138,10 +140,11 @@ def _write(
     """Puts one layer into the stacked arrays."""
     if fmt is not None:
         (matrix,) = tensors
-        axes = ("out", "in") if form == "transposed" else ("in", "out")
+        axes: Any = ("out", "in") if form == "transposed" else ("in", "out")
+        axes = ("stack",) * (matrix.ndim - 2) + axes
         tensors = jax.tree.leaves(quant.pack_weight(matrix.astype(dtype), axes, fmt))
     elif form == "transposed":
-        tensors = [tensor.T for tensor in tensors]
+        tensors = [tensor.swapaxes(-1, -2) for tensor in tensors]
     pairs = zip(arrays, tensors, strict=True)
     return [
         jax.lax.dynamic_update_index_in_dim(array, tensor.astype(array.dtype), layer, 0)
@@ -163,5 +166,6 @@ def _layer_sharding(sharding: Sharding | None, form: str, ndim: int) -> Any:
     if form == "parts":
         return NamedSharding(sharding.mesh, PartitionSpec())
     places = [*sharding.spec[1:], *[None] * (ndim + 1 - len(sharding.spec))][:ndim]
-    places = places[::-1] if form == "transposed" else places
+    if form == "transposed":
+        places[-2:] = places[-2:][::-1]
     return NamedSharding(sharding.mesh, PartitionSpec(*places))

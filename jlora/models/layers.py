@@ -1,0 +1,83 @@
+"""The parts that attention, MLP and experts are made of, in Flax Linen."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jlora.models.decoder_config import DecoderConfig
+
+__all__ = ["MLP", "Linear", "RMSNorm", "gated", "normal"]
+
+normal = nn.initializers.normal(0.02)
+
+
+class Linear(nn.Module):
+    """`x @ kernel`, plus a bias if asked."""
+
+    features: int
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps the last axis of `x` to `features`."""
+        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(self.dtype)
+        return checkpoint_name(y, self.name or "")
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square over the last axis, in float32, and scales."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x`; the result has the compute dtype."""
+        c = self.config
+        start = nn.initializers.zeros if c.zero_centered_norms else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
+        if c.zero_centered_norms:
+            return _rms_norm(x, 1 + scale.astype(jnp.float32), c.rms_norm_eps).astype(c.dtype)
+        return _rms_norm(x, scale.astype(c.dtype), c.rms_norm_eps)
+
+
+class MLP(nn.Module):
+    """The gated feed-forward block."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`down(activation(gate(x)) * up(x))`."""
+        c = self.config
+        linear = functools.partial(Linear, use_bias=c.mlp_bias, dtype=c.dtype)
+        if c.fused_projections:
+            both = linear(2 * c.intermediate_size, name="gate_up_proj")(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            gate = linear(c.intermediate_size, name="gate_proj")(x)
+            up = linear(c.intermediate_size, name="up_proj")(x)
+        return linear(c.hidden_size, name="down_proj")(gated(gate, up, c.activation))
+
+
+# Elementwise, so computing it again is cheaper than keeping its float32 intermediates.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+    return y.astype(scale.dtype) * scale
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """`activation(gate) * up`."""
+    if activation == "gelu_tanh":
+        return jax.nn.gelu(gate, approximate=True) * up
+    return jax.nn.silu(gate) * up
