@@ -8,14 +8,12 @@ on such a tree, `init` puts adapters on top. What a function does with a leaf is
 import dataclasses
 import functools
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 
 from jlora import nf4, tree
@@ -350,12 +348,6 @@ def dequantize(params: Any, *, dtype: Any = None) -> Any:
         return dataclasses.replace(leaf, dtype_name=dtype_name).materialise()
 
     return jax.tree.map(unpack, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
-
-
-def bits_per_parameter(leaf: QuantArray) -> float:
-    """What a quantised weight takes, counted from its arrays."""
-    stored = sum(8 * np.dtype(x.dtype).itemsize * x.size for x in jax.tree.leaves(leaf))
-    return stored / math.prod(leaf.shape)
 
 
 def format_of(leaf: QuantArray) -> str:
