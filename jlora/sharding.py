@@ -22,12 +22,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jlora import tree
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray
+from jlora.packed import num_parts
 from jlora.quant import QuantArray, placements
 from jlora.tree import Pattern
 
 __all__ = [
     "AXES",
     "DECODER_RULES",
+    "Activations",
     "Rules",
     "batch_sharding",
     "follow",
@@ -88,6 +90,51 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     """Rows of a batch cut over `data` and `fsdp`; `leading` axes before the rows stay whole."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, AXES[:2]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Where a decoder's activations lie on a mesh: what `Decoder(config, place)` takes as `place`.
+
+    Rows are cut over `data` and `fsdp`, heads, hidden units and the vocabulary over `tensor`. So is
+    the length of the stream between layers, which is what the backward pass keeps of each layer:
+    norms and sums are then computed once, and what was a sum over `tensor` is half as much to send.
+
+    Attributes:
+      mesh: from `make_mesh`.
+      sequence: False leaves the length whole everywhere.
+    """
+
+    mesh: Mesh
+    sequence: bool = True
+
+    def spec(self, kind: str, shape: Sequence[int]) -> PartitionSpec:
+        """The PartitionSpec of activations; an axis that the devices do not divide stays whole.
+
+        Args:
+          kind: `"stream"` and `"inputs"` are `[batch length d]`, between layers and as projections
+            take them; `"heads"` `[batch length heads head_dim]`, `"units"` `[batch length units]`,
+            `"logits"` `[batch ... vocab]`.
+          shape: of the array.
+        """
+        rows, middle = AXES[:2], [None] * (len(shape) - 2)
+        places: list[Any] = [rows, *middle, None]
+        match kind:
+            case "stream":
+                places[1] = "tensor" if self.sequence else None
+            case "heads":
+                places[-2] = "tensor"
+            case "units" | "logits":
+                places[-1] = "tensor"
+        parts = (num_parts(place, self.mesh) for place in places)
+        return PartitionSpec(
+            *(None if size % n else place for place, size, n in zip(places, shape, parts))
+        )
+
+    def __call__(self, x: jax.Array, kind: str) -> jax.Array:
+        """`x`, held to its place."""
+        sharding = NamedSharding(self.mesh, self.spec(kind, x.shape))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _sizes(sizes: Mapping[str, int], count: int, slices: int) -> tuple[int, ...]:
