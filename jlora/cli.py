@@ -109,6 +109,10 @@ def _add_run_commands(commands: Any) -> None:
             help="replaces a key of the file, such as optim.learning_rate=1e-4",
         )
         sub.set_defaults(command=command)
+        if name == "train":
+            from jlora import process
+
+            process.add_flags(sub)
 
 
 def _add_generate(commands: Any) -> None:
@@ -263,11 +267,13 @@ def _train(args: argparse.Namespace) -> None:
     from jlora import config
 
     run = config.load(args.config, args.overrides)
+    from jlora import devices
     from jlora import run as runs
 
     _set_up_process()
     import jax
 
+    devices.start(args.coordinator, args.processes, args.process, automatic=args.distributed)
     runs.run_training(run, _say, jax.devices())
 
 

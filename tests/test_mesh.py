@@ -32,7 +32,8 @@ def write_config(folder, **sections):
     )
     overrides = [
         "train.steps=20", "train.batch_size=8", "data.pack=false", "eval.every=null",
-        "data.validation=null", "data.length=32", "lora.targets=[q_proj, v_proj, o_proj, down_proj]",
+        "data.validation=null", "data.length=32",
+        "lora.targets=[q_proj, v_proj, o_proj, down_proj]",
         "eval.samples=0", "checkpoint.every=50",
         *(f"{key}={value}" for key, value in sections.items()),
     ]  # fmt: skip
