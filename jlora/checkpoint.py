@@ -385,6 +385,8 @@ def _reason(error: BaseException) -> str:
         ("Disk quota exceeded", "the disk quota is used up"),
         ("Permission denied", "permission denied"),
         ("Read-only file system", "the file system is read-only"),
+        ("Gloo", "another process of this run is gone"),
+        ("coordination service", "another process of this run is gone"),
     ):
         if told in text:
             return plain

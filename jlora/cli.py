@@ -33,6 +33,13 @@ Fine-tune language models with LoRA in JAX.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    code = _run(arguments)
+    if code and (devices := sys.modules.get("jlora.devices")):
+        devices.leave(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     args = _parser().parse_args(arguments)
     debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
     try:
@@ -176,6 +183,8 @@ def _add_bench(commands: Any) -> None:
 
 # Errors
 
+_AGAIN = "start all of them again with the same command, and the run resumes."
+
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
@@ -224,7 +233,8 @@ def _message(error: Exception) -> str | None:
                 "out of memory. Lower train.batch_size (and raise train.accumulation by as much) "
                 f"or data.length, or set model.remat=full.\n{text.splitlines()[0]}"
             )
-        return None
+        gone = "Gloo" in text or "coordination service" in text
+        return f"another process of this run is gone: {_AGAIN}\n{text[:200]}" if gone else None
     if type(error).__name__ == "NonFiniteError":
         return text
     mendable = (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError)

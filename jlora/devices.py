@@ -5,8 +5,11 @@ same batches, in step; the first of them writes files and speaks.
 """
 
 import json
+import logging
 import os
 import secrets
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ __all__ = [
     "check_shared",
     "from_first",
     "is_first",
+    "leave",
     "make_mesh",
     "put_rows",
     "row_parts",
@@ -74,6 +78,25 @@ def start(
                 "--process to each process."
             ) from None
         raise
+    if not is_first():  # all would say the same
+        logging.getLogger("jlora").setLevel(logging.ERROR)
+
+
+def leave(code: int, *, patience: float = 10.0) -> None:
+    """Ends this process, if it is one of several, though the others may not come to the end.
+
+    Args:
+      code: to exit with.
+      patience: seconds to wait for them; JAX itself would wait for minutes and then abort.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(patience)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_first() -> bool:
