@@ -356,7 +356,7 @@ def _evaluation(job: _Job, loss_fn: train.LossFn, frozen: Any) -> Callable[[Any]
     batches = list(held_out.epoch())[: job.run.eval.batches]
     eval_step = train.make_eval_step(loss_fn)
     place = devices.put_rows(job.base.mesh)
-    return lambda trainable: train.evaluate(eval_step, trainable, frozen, batches, place=place)
+    return lambda trainable: train.evaluate(eval_step, trainable, frozen, map(place, batches))
 
 
 def _choose(
