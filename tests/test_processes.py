@@ -15,7 +15,7 @@ import pytest
 from test_hf import random_params
 from test_mesh import TOLERANCE, train, write_config
 
-from jlora import cli, report
+from jlora import cli, process, report
 from jlora.models import decoder, hf
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def until(condition, processes):
     end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes)
+        assert all(one.poll() is None for one in processes)
         time.sleep(0.001)
 
 
@@ -83,25 +83,28 @@ def test_a_run_of_two_processes_survives_kills_and_stops_with_the_same_losses(tm
 
         processes = start(tmp_path, [*arguments, "mesh={data: 2, fsdp: 2, tensor: 2}"], 2)
         until(lambda: newest() >= whole + 2, processes)
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=60) for process in processes] == [0, 0], said(tmp_path, 0)
+        for one in processes:
+            one.send_signal(signal.SIGTERM)
+        assert [one.wait(timeout=60) for one in processes] == [0, 0], said(tmp_path, 0)
         assert f"Resuming at step {whole} of 20" in said(tmp_path, 0)
         assert f"Interrupted; saved at step {newest()} of 20" in said(tmp_path, 0)
         assert "Resuming" not in said(tmp_path, 1)
 
         stopped = newest()
-        processes = start(tmp_path, [*arguments, "mesh={data: 8, fsdp: 1}"], 1)
+        last = [*arguments, "mesh={data: 8, fsdp: 1}", f"train.profile={stopped}"]
+        processes = start(tmp_path, last, 1)
         assert processes[0].wait(timeout=200) == 0, said(tmp_path, 0)
         assert f"Resuming at step {stopped} of 20" in said(tmp_path, 0)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        for one in processes:
+            one.kill()
+            one.wait()
     lines = list(report.read_metrics(tmp_path / "runs" / "two" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, 21))
     np.testing.assert_allclose([line["loss"] for line in lines], wanted, rtol=TOLERANCE)
-    assert (tmp_path / "runs" / "two" / "adapter" / "adapter_model.safetensors").is_file()
+    folder = tmp_path / "runs" / "two"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert list((folder / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +128,23 @@ def test_what_cannot_be_is_refused_before_any_compute(tmp_path, capsys, argument
     assert cli.main(["train", str(write_config(tmp_path)), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert len(jax.devices()) == 8
+
+
+def test_a_run_that_stands_still_is_reported_once_with_its_place():
+    heard = []
+    with process.Watchdog(heard.append, patience=0.2) as watchdog:
+        for step in range(5):  # goes on: nothing to report
+            watchdog(step)
+            time.sleep(0.05)
+        assert not heard
+        wait_for_the_disk(1.0)
+    (told,) = heard
+    assert "after step 4" in told
+    assert "wait_for_the_disk" in told
+
+
+def wait_for_the_disk(seconds):
+    time.sleep(seconds)
 
 
 def test_no_cluster_is_said(tmp_path):
@@ -199,9 +219,9 @@ def test_each_process_reads_and_holds_its_part_of_the_weights(tmp_path, fmt):
     commands = [[sys.executable, "-c", _MEASURE, str(i), str(port), *arguments] for i in range(2)]
     processes = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=env) for c in commands]
     one_tensor = 4096 * 1024 * 2
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0
+    for one in processes:
+        output, _ = one.communicate(timeout=300)
+        assert one.returncode == 0
         line = next(line for line in output.splitlines() if line.startswith('["measured"'))
         _, read, peak, held = json.loads(line)
         assert size / 2 < read < 1.1 * size / 2 + one_tensor
