@@ -33,6 +33,13 @@ Fine-tune language models with LoRA in JAX.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    code = _run(arguments)
+    if code and (devices := sys.modules.get("jlora.devices")):
+        devices.leave(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     args = _parser().parse_args(arguments)
     debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
     try:
@@ -109,6 +116,10 @@ def _add_run_commands(commands: Any) -> None:
             help="replaces a key of the file, such as optim.learning_rate=1e-4",
         )
         sub.set_defaults(command=command)
+        if name == "train":
+            from jlora import process
+
+            process.add_flags(sub)
 
 
 def _add_generate(commands: Any) -> None:
@@ -172,6 +183,8 @@ def _add_bench(commands: Any) -> None:
 
 # Errors
 
+_AGAIN = "start all of them again with the same command, and the run resumes."
+
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
@@ -220,7 +233,8 @@ def _message(error: Exception) -> str | None:
                 "out of memory. Lower train.batch_size (and raise train.accumulation by as much) "
                 f"or data.length, or set model.remat=full.\n{text.splitlines()[0]}"
             )
-        return None
+        gone = "Gloo" in text or "coordination service" in text
+        return f"another process of this run is gone: {_AGAIN}\n{text[:200]}" if gone else None
     if type(error).__name__ == "NonFiniteError":
         return text
     mendable = (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError)
@@ -263,10 +277,14 @@ def _train(args: argparse.Namespace) -> None:
     from jlora import config
 
     run = config.load(args.config, args.overrides)
+    from jlora import devices
     from jlora import run as runs
 
     _set_up_process()
-    runs.run_training(run, _say)
+    import jax
+
+    devices.start(args.coordinator, args.processes, args.process, automatic=args.distributed)
+    runs.run_training(run, _say, jax.devices())
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -16,12 +16,13 @@ ORDER = [
     "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "dora", "merging",
     "summary", "variants", "factors", "alignment", "extraction", "arithmetic", "optim", "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder_config", "models.cache",
-    "models.layers", "models.moe", "models.decoder", "models.weights", "models.bnb",
-    "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
-    "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
-    "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
+    "models.layers", "models.moe", "models.decoder", "models.slices", "models.weights",
+    "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names",
+    "models.hf", "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub",
+    "models", "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing",
+    "data",
     "docstrings", "losses", "train", "objective", "generate", "bench", "plan", "base", "config",
-    "report", "process", "run", "saved", "cli",
+    "report", "process", "devices", "run", "saved", "cli",
 ]
 # fmt: on
 
