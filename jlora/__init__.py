@@ -55,6 +55,7 @@ _MODULES = (
     "generate",
     "losses",
     "models",
+    "objective",
     "optim",
     "peft",
     "quant",
