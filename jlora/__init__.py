@@ -52,6 +52,7 @@ _MODULES = (
     "config",
     "data",
     "docstrings",
+    "fingerprint",
     "generate",
     "losses",
     "models",

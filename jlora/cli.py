@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=f"{summary}: {described}")
         sub.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/quickstart")
         sub.add_argument("-o", "--output", required=True, metavar="DIR", help=described)
+        _add_other_base(sub)
         sub.set_defaults(command=command)
         if name == "merge":
             sub.add_argument(
@@ -139,7 +140,16 @@ def _add_generate(commands: Any) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the base; by default that of the run, and auto for a model",
     )
+    _add_other_base(sub)
     sub.set_defaults(command=_generate)
+
+
+def _add_other_base(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--other-base",
+        action="store_true",
+        help="take an adapter on another base model than the one it was made for",
+    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -286,10 +296,10 @@ def _load(args: argparse.Namespace) -> "Base":
     if saved.is_run(args.model):
         if args.adapter:
             raise ValueError("A run has its own adapter; --adapter goes with a model.")
-        return saved.load_run(args.model, _whisper, dtype=args.dtype)[0]
+        return saved.load_run(args.model, _whisper, dtype=args.dtype, other_base=args.other_base)[0]
     loaded = base.load_base(args.model, dtype=args.dtype or "auto")
     if args.adapter:
-        params, _ = peft.load(args.adapter, loaded.params)
+        params, _ = peft.load(args.adapter, loaded.params, other_base=args.other_base)
         loaded = dataclasses.replace(loaded, params=params)
     return loaded
 
@@ -300,7 +310,9 @@ def _merge(args: argparse.Namespace) -> None:
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, _, into = saved.load_to_merge(args.run, _whisper, into=args.into)
+    loaded, _, into = saved.load_to_merge(
+        args.run, _whisper, into=args.into, other_base=args.other_base
+    )
     errors = saved.merge_report(args.run, loaded.params, args.error_layers)
     merged = jlora.merge_params(loaded.params)
     files = models.tokenizer_files(loaded.name)
@@ -311,12 +323,13 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from jlora import peft, saved
+    from jlora import models, peft, saved
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, lora = saved.load_run(args.run, _whisper)
-    peft.save(args.output, loaded.params, lora, base_model=loaded.name)
+    loaded, lora = saved.load_run(args.run, _whisper, other_base=args.other_base)
+    revision = models.revision(loaded.name)
+    peft.save(args.output, loaded.params, lora, base_model=loaded.name, revision=revision)
     _say(f"Wrote the adapter to {args.output}.")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from jlora import tree
 from jlora.dora import DoraArray
+from jlora.fingerprint import check_base, fingerprint
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, labels, leaves_by_path
 from jlora.peft_folder import CONFIG, read_settings, read_tensors, write
@@ -46,6 +47,8 @@ def save(
     *,
     base_model: str = "",
     base_license: str = "",
+    revision: str = "",
+    base: Mapping[str, str] | None = None,
     serve: bool = False,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads on the same base model.
@@ -60,6 +63,9 @@ def save(
       config: the config it was made with.
       base_model: name or folder of the base model, noted in the config and the model card.
       base_license: the base model's license, e.g. "apache-2.0", noted in the model card.
+      revision: the base model's commit on the hub, noted in the config.
+      base: the base model's `jlora.fingerprint`, which `load` compares with the model it is given;
+        by default that of the weights in `params` that do not train.
       serve: write what vLLM takes: one rank and one alpha for all weights, with every scaling
         inside `lora_B` and zeros up to the largest rank.
 
@@ -105,15 +111,24 @@ def save(
     for path in biases:
         whole |= _bias_tensors(leaves[path], places[path], tensors)
     settings["base_model_name_or_path"] = base_model or None
-    write(pathlib.Path(directory), settings, tensors | whole, base_license)
+    if revision:
+        settings["revision"] = revision
+    base = fingerprint(params, skip=trained) if base is None else base
+    write(pathlib.Path(directory), settings, tensors | whole, base_license, base)
 
 
-def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfig]:
+def load(
+    directory: str | os.PathLike[str], params: Any, *, other_base: bool = False
+) -> tuple[Any, LoraConfig]:
     """Puts a PEFT adapter's factors on a base model's parameters.
+
+    An adapter that this package wrote knows its base by shapes and samples of weights
+    (`jlora.fingerprint`); for one of PEFT's, shapes alone are compared.
 
     Args:
       directory: holds `adapter_config.json` and `adapter_model.safetensors`.
       params: plain or quantised, without adapters.
+      other_base: take `params` even if they are not the base that the adapter was made for.
 
     Returns:
       The tree with `LoraArray` leaves (float32 factors), and a config with which `jlora.init` would
@@ -121,18 +136,22 @@ def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfi
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is broken, or tensors are missing, left over or of a wrong shape.
+      ValueError: if a file is broken, tensors are missing, left over or of a wrong shape, or the
+        adapter was made for another base.
       NotImplementedError: if the adapter is more than LoRA or DoRA and modules trained whole.
     """
     folder = pathlib.Path(directory)
     settings = read_settings(folder / CONFIG)
-    tensors = read_tensors(folder)
+    tensors, base = read_tensors(folder)
     if settings["bias"] != "none":
         tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraArray):
             raise ValueError(f"{path!r} already has an adapter; merge it before loading another.")
+    if not other_base:
+        name, commit = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
+        check_base(folder, f"{name or ''}{f' of revision {commit}' * bool(commit)}", base, params)
     places = find_places(leaves)
     adapted, whole = match(folder, settings, tensors, leaves, places)
     filled: dict[str, Any] = {}

@@ -16,6 +16,9 @@ __all__ = ["CONFIG", "WEIGHTS", "listed", "read_settings", "read_tensors", "writ
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Metadata of the tensors' file, which other readers pass over; an unknown key of the config is an
+# error in some of them.
+_BASE = "jlora_base"
 
 # Fields of adapter_config.json that are read, or that change nothing in how an adapter computes.
 _READ = {
@@ -103,8 +106,11 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{file}: {regex!r} is no regular expression: {error}.") from None
 
 
-def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The file's tensors in float32, by their names in the base model."""
+def read_tensors(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The file's tensors in float32, by their names in the base model, and its base's fingerprint.
+
+    The fingerprint is empty where the file has none, as those that PEFT writes.
+    """
     file = folder / WEIGHTS
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -117,16 +123,17 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     tensors = {}
     try:
         with safetensors.safe_open(file, "np") as opened:
+            base = json.loads((opened.metadata() or {}).get(_BASE, "{}"))
             for name in opened.keys():  # noqa: SIM118
                 tensors[name] = opened.get_tensor(name).astype(np.float32)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is broken or incomplete: {error}.") from None
     if strange := sorted(name for name in tensors if not name.startswith(_PREFIX)):
         raise ValueError(
             f"{file}: tensor names of a PEFT adapter begin with {_PREFIX!r}; these do not: "
             f"{listed(strange)}."
         )
-    return {name.removeprefix(_PREFIX): array for name, array in tensors.items()}
+    return {name.removeprefix(_PREFIX): array for name, array in tensors.items()}, base
 
 
 def write(
@@ -134,15 +141,18 @@ def write(
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     base_license: str,
+    base: Mapping[str, str],
 ) -> None:
     """Writes config, tensors and model card beside the folder, then moves them into place.
 
-    A folder that was not there appears whole. In one that was, each file is replaced whole.
+    `base` is the base model's fingerprint. A folder that was not there appears whole. In one that
+    was, each file is replaced whole.
     """
     prefixed = {_PREFIX + name: array for name, array in tensors.items()}
+    metadata = {"format": "pt"} | ({_BASE: json.dumps(base)} if base else {})
     contents = {
         "README.md": _model_card(settings, base_license).encode(),
-        WEIGHTS: safetensors.numpy.save(prefixed, metadata={"format": "pt"}),
+        WEIGHTS: safetensors.numpy.save(prefixed, metadata=metadata),
         CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
     }
     if folder.exists() and not folder.is_dir():

@@ -25,6 +25,7 @@ from jlora import (
     data,
     docstrings,
     generate,
+    models,
     objective,
     optim,
     peft,
@@ -33,6 +34,7 @@ from jlora import (
     train,
 )
 from jlora.base import Base, adapt_base, cache_folder, load_base, load_tokenizer
+from jlora.fingerprint import fingerprint
 
 __all__ = [
     "inspect",
@@ -241,9 +243,11 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
     # A target that matches nothing need not wait for the weights, which may take minutes.
     base = adapt_base(load(weights=False), lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
-    if weights:
-        base = adapt_base(load(), lora, jax.random.key(run.seed))
     metadata = {"lora": json.loads(lora.to_json()), "data_sha256": _digest(examples, held_out)}
+    if weights:
+        base = load()
+        metadata["base"] = fingerprint(base.params)
+        base = adapt_base(base, lora, jax.random.key(run.seed))
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
@@ -347,7 +351,14 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
     run, folder, progress = job.run, job.run.folder, result.progress
     _, frozen = jlora.split(job.base.params, job.lora)
     trained = jlora.combine(trainable, frozen)
-    peft.save(folder / "adapter", trained, job.lora, base_model=run.model.path)
+    peft.save(
+        folder / "adapter",
+        trained,
+        job.lora,
+        base_model=run.model.path,
+        revision=models.revision(run.model.path),
+        base=job.metadata["base"],
+    )
     lines = list(report.read_metrics(folder / "metrics.jsonl"))
     report.plot_losses(folder / "loss.png", lines, title=run.name)
     if run.eval.samples and job.held_out:

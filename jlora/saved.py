@@ -15,6 +15,7 @@ import numpy as np
 import jlora
 from jlora import checkpoint, config, peft, train
 from jlora.base import Base, adapt_base, load_base
+from jlora.fingerprint import check_base
 from jlora.merging import MergeError
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
@@ -38,6 +39,7 @@ def load_run(
     *,
     dtype: str | None = None,
     quantized: bool = True,
+    other_base: bool = False,
 ) -> tuple[Base, jlora.LoraConfig]:
     """Loads the base model of a run with its adapter: the result, or the newest checkpoint's.
 
@@ -46,6 +48,7 @@ def load_run(
       say: told which checkpoint is used if the run is not finished.
       dtype: of the base; None for that of the run.
       quantized: False gives the base's own weights to a run that quantised them.
+      other_base: take the model at the run's path even if it is not what the run trained on.
     """
     folder = Path(folder)
     if not is_run(folder):
@@ -58,9 +61,10 @@ def load_run(
         cache=run.model.cache,
     )
     if (folder / "result.json").exists():
-        params, lora = peft.load(folder / "adapter", base.params)
+        params, lora = peft.load(folder / "adapter", base.params, other_base=other_base)
         return dataclasses.replace(base, params=params), lora
     lora = lora_config(run)
+    plain = base.params
     base = adapt_base(base, lora, jax.random.key(run.seed))
     trainable, frozen = jlora.split(base.params, lora)
     if not (folder / "checkpoints").is_dir():
@@ -73,13 +77,19 @@ def load_run(
         restored = checkpoints.restore(template, expect={"lora": json.loads(lora.to_json())})
     if restored is None:
         raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
+    if not other_base:
+        check_base(folder, run.model.path, restored.metadata["base"], plain)
     say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
     params = jlora.combine(restored.tree.trainable, frozen)
     return dataclasses.replace(base, params=params), lora
 
 
 def load_to_merge(
-    folder: str | os.PathLike[str], say: Say, *, into: str | None = None
+    folder: str | os.PathLike[str],
+    say: Say,
+    *,
+    into: str | None = None,
+    other_base: bool = False,
 ) -> tuple[Base, jlora.LoraConfig, str]:
     """Loads a run for merging, and a remark on what its adapter is merged into.
 
@@ -88,11 +98,12 @@ def load_to_merge(
       say: as in `load_run`.
       into: for a run on quantised weights: "original" for those before quantising, "dequantized"
         for those that training saw; None for the former where there are such.
+      other_base: as in `load_run`.
 
     Raises:
       ValueError: if there are no such weights.
     """
-    base, lora = load_run(folder, say, quantized=into == "dequantized")
+    base, lora = load_run(folder, say, quantized=into == "dequantized", other_base=other_base)
     fmt = config.load(Path(folder) / "config.yaml").model.quantize
     is_packed = _has_packed(base.params)
     if into == "original" and is_packed:

@@ -19,9 +19,9 @@ ORDER = [
     "models.layers", "models.moe", "models.decoder", "models.weights", "models.bnb",
     "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
     "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
-    "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
-    "docstrings", "losses", "train", "objective", "generate", "bench", "plan", "base", "config",
-    "report", "process", "run", "saved", "cli",
+    "fingerprint", "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat",
+    "packing", "data", "docstrings", "losses", "train", "objective", "generate", "bench", "plan",
+    "base", "config", "report", "process", "run", "saved", "cli",
 ]
 # fmt: on
 
