@@ -108,8 +108,17 @@ def load_base(
     return Base(name, model, params, tokenizer or load_tokenizer(name))
 
 
-def adapt_base(base: Base, lora: jlora.LoraConfig, key: jax.Array) -> Base:
-    """Puts fresh adapters into the weights."""
+def adapt_base(
+    base: Base, lora: jlora.LoraConfig, key: jax.Array, *, originals: Any = None
+) -> Base:
+    """Puts fresh adapters into the weights.
+
+    Args:
+      base: without adapters.
+      lora: the config.
+      key: of the adapters' start.
+      originals: for a `lora.init` over quantised weights, those before quantising.
+    """
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    params = jlora.init(key, base.params, lora, fn=base.apply, args=(tokens,))
+    params = jlora.init(key, base.params, lora, fn=base.apply, args=(tokens,), base=originals)
     return dataclasses.replace(base, params=params)

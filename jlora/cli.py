@@ -327,7 +327,7 @@ def _export(args: argparse.Namespace) -> None:
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, lora = saved.load_run(args.run, _whisper, other_base=args.other_base)
+    loaded, lora = saved.load_run(args.run, _whisper, plain=True, other_base=args.other_base)
     revision = models.revision(loaded.name)
     peft.save(args.output, loaded.params, lora, base_model=loaded.name, revision=revision)
     _say(f"Wrote the adapter to {args.output}.")

@@ -91,8 +91,18 @@ class DataConfig(_Section):
     pack: bool = True
 
 
+_INITS = r"default|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)"
+
+
+def _init(name: str) -> str:
+    if not re.fullmatch(_INITS, name):
+        text = "default, pissa, pissa_niter_16, loftq or loftq_iter_5"
+        raise pydantic_core.PydanticCustomError("init", "{text}", {"text": text})
+    return name
+
+
 class LoraSection(_Section):
-    """What to adapt; the fields of `jlora.LoraConfig`."""
+    """What to adapt and how it starts; the fields of `jlora.LoraConfig`."""
 
     rank: _Count = 16
     alpha: _Positive = 32.0
@@ -105,6 +115,7 @@ class LoraSection(_Section):
     train: tuple[str, ...] | str = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     variant: Literal["lora", "dora"] = "lora"
+    init: Annotated[str, pydantic.AfterValidator(_init)] = "default"
 
 
 class OptimConfig(_Section):
@@ -428,6 +439,17 @@ def _check_together(config: RunConfig, path: Path) -> None:
         )
     if config.eval.patience and not config.eval.every:
         raise ValueError(f"{path}: eval.patience counts evaluations: set eval.every too.")
+
+    if config.lora.init.startswith("loftq") and config.model.quantize is None:
+        raise ValueError(
+            f"{path}: lora.init={config.lora.init} makes up for the error of quantising: set "
+            "model.quantize, for instance to nf4."
+        )
+    if config.lora.init != "default" and config.lora.variant != "lora":
+        raise ValueError(
+            f"{path}: lora.init={config.lora.init} changes the base, and lora.variant="
+            f"{config.lora.variant} measures it: choose one of the two."
+        )
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -35,13 +35,16 @@ from jlora import (
 )
 from jlora.base import Base, adapt_base, cache_folder, load_base, load_tokenizer
 from jlora.fingerprint import fingerprint
+from jlora.leaf import is_array_leaf
 
 __all__ = [
+    "adapt_run",
     "inspect",
     "lora_config",
     "make_loss",
     "make_optimizer",
     "read_data",
+    "read_originals",
     "run_training",
 ]
 
@@ -79,6 +82,41 @@ def make_optimizer(
         weight_decay=optim_config.weight_decay,
     )
     return optim.optimizer(adamw, lora), schedule
+
+
+def adapt_run(run: config.RunConfig, base: Base) -> Base:
+    """Puts a run's fresh adapters into its base: each time the same, which nothing else keeps.
+
+    Raises:
+      ValueError: if `lora.init` needs original weights and there are none.
+    """
+    lora = lora_config(run)
+    return adapt_base(base, lora, jax.random.key(run.seed), originals=read_originals(run, base))
+
+
+def read_originals(run: config.RunConfig, base: Base) -> Any:
+    """The weights before quantising, where `lora.init` starts from them; else None."""
+    if run.lora.init == "default" or run.model.quantize is None:
+        return None
+    dense = load_base(run.model.path, dtype=run.model.dtype, tokenizer=base.tokenizer).params
+    if any(map(is_array_leaf, jlora.lora.leaves_by_path(dense).values())):
+        raise ValueError(
+            f"lora.init={run.lora.init!r} starts from the weights before they were quantised, and "
+            f"{run.model.path} holds them in 4 bits only. Take the original model, or leave "
+            "lora.init out."
+        )
+    return dense
+
+
+def _start_digest(params: Any) -> dict[str, str]:
+    """Of a base that an initialiser changed and of the factors, to the bit."""
+    bits = {
+        f"{path}.{name}": jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        for path, leaf in jlora.lora.leaves_by_path(params).items()
+        if isinstance(leaf, jlora.LoraArray)
+        for name, x in leaf.present().items()
+    }
+    return fingerprint(params) | fingerprint(bits)
 
 
 # The data
@@ -247,7 +285,9 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
     if weights:
         base = load()
         metadata["base"] = fingerprint(base.params)
-        base = adapt_base(base, lora, jax.random.key(run.seed))
+        base = adapt_run(run, base)
+        if lora.init != "default":
+            metadata["start"] = _start_digest(base.params)
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
@@ -351,10 +391,14 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
     run, folder, progress = job.run, job.run.folder, result.progress
     _, frozen = jlora.split(job.base.params, job.lora)
     trained = jlora.combine(trainable, frozen)
+    adapter, lora = trained, job.lora
+    if lora.init != "default":  # of weights, only the shapes matter here
+        initial = job.base.params
+        adapter, lora = jlora.variants.to_plain_lora(initial, trained, lora, base=initial)
     peft.save(
         folder / "adapter",
-        trained,
-        job.lora,
+        adapter,
+        lora,
         base_model=run.model.path,
         revision=models.revision(run.model.path),
         base=job.metadata["base"],

@@ -14,12 +14,12 @@ import numpy as np
 
 import jlora
 from jlora import checkpoint, config, peft, train
-from jlora.base import Base, adapt_base, load_base
+from jlora.base import Base, load_base
 from jlora.fingerprint import check_base
 from jlora.merging import MergeError
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
-from jlora.run import lora_config, make_optimizer
+from jlora.run import adapt_run, lora_config, make_optimizer, read_originals
 from jlora.targets import leaves_by_path
 
 __all__ = ["is_run", "load_run", "load_to_merge", "merge_report"]
@@ -39,6 +39,7 @@ def load_run(
     *,
     dtype: str | None = None,
     quantized: bool = True,
+    plain: bool = False,
     other_base: bool = False,
 ) -> tuple[Base, jlora.LoraConfig]:
     """Loads the base model of a run with its adapter: the result, or the newest checkpoint's.
@@ -48,25 +49,46 @@ def load_run(
       say: told which checkpoint is used if the run is not finished.
       dtype: of the base; None for that of the run.
       quantized: False gives the base's own weights to a run that quantised them.
+      plain: of a run whose `lora.init` changed the base, the adapter for the original weights
+        instead of the model that training saw. So it is with `quantized=False`.
       other_base: take the model at the run's path even if it is not what the run trained on.
     """
     folder = Path(folder)
     if not is_run(folder):
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml.")
     run = config.load(folder / "config.yaml")
+    if dtype is not None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": dtype})})
+    lora = lora_config(run)
+    changed, finished = lora.init != "default", (folder / "result.json").exists()
+    plain = plain or not quantized
+    packs = quantized or (changed and not finished)  # a checkpoint goes with what training saw
     base = load_base(
         run.model.path,
-        dtype=dtype or run.model.dtype,
-        quantize=run.model.quantize if quantized else None,
+        dtype=run.model.dtype,
+        quantize=run.model.quantize if packs else None,
         cache=run.model.cache,
     )
-    if (folder / "result.json").exists():
-        params, lora = peft.load(folder / "adapter", base.params, other_base=other_base)
+    if finished:
+        params, saved_lora = peft.load(folder / "adapter", base.params, other_base=other_base)
+        if not changed or plain or not _has_packed(base.params):
+            return dataclasses.replace(base, params=params), saved_lora
+        params = jlora.variants.from_plain_lora(adapt_run(run, base).params, params)
         return dataclasses.replace(base, params=params), lora
+    initial = adapt_run(run, base)
+    params = _restore(folder, run, initial.params, base.params, say, other_base)
+    if changed and plain:
+        originals = read_originals(run, base)
+        params, lora = jlora.variants.to_plain_lora(initial.params, params, lora, base=originals)
+    return dataclasses.replace(base, params=params), lora
+
+
+def _restore(
+    folder: Path, run: config.RunConfig, initial: Any, plain: Any, say: Say, other_base: bool
+) -> Any:
+    """The newest checkpoint's tree, from the one that the run began with."""
     lora = lora_config(run)
-    plain = base.params
-    base = adapt_base(base, lora, jax.random.key(run.seed))
-    trainable, frozen = jlora.split(base.params, lora)
+    trainable, frozen = jlora.split(initial, lora)
     if not (folder / "checkpoints").is_dir():
         raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
     with contextlib.closing(
@@ -80,8 +102,7 @@ def load_run(
     if not other_base:
         check_base(folder, run.model.path, restored.metadata["base"], plain)
     say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
-    params = jlora.combine(restored.tree.trainable, frozen)
-    return dataclasses.replace(base, params=params), lora
+    return jlora.combine(restored.tree.trainable, frozen)
 
 
 def load_to_merge(

@@ -21,7 +21,7 @@ from jlora.packed import matrices_to_weight, weight_to_matrices
 from jlora.quant import QuantArray, dequantize
 from jlora.tree import map_with_path
 
-__all__ = ["loftq", "pissa", "to_plain_lora"]
+__all__ = ["from_plain_lora", "loftq", "pissa", "to_plain_lora"]
 
 
 def pissa(
@@ -90,35 +90,46 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
     return _restart(params, base, None, None, iterations, quantise_first=True)
 
 
-def to_plain_lora(initial: Any, trained: Any, config: LoraConfig) -> tuple[Any, LoraConfig]:
+def to_plain_lora(
+    initial: Any, trained: Any, config: LoraConfig, *, base: Any = None
+) -> tuple[Any, LoraConfig]:
     """Turns an adapter that changed its base into one for the original weights, of twice the rank.
 
-    The trained update less the initial one is `[a, a0] @ [b, -b0]`, as PEFT converts PiSSA.
+    The trained update less the initial one is `[a, a0] @ [b, -b0]`, as PEFT converts PiSSA. Over a
+    plain base the function stays the same, at the rounding of the base's dtype; over a quantised
+    one, what the fresh adapter left of quantising's error is missing afterwards.
 
     Args:
-      initial: the tree that training started from, of `pissa`.
+      initial: the tree that training started from, as `jlora.init` gave it.
       trained: the tree after training.
       config: that of both.
+      base: the original weights. Without, they are restored from `initial`, which cannot be where
+        that is quantised.
 
     Returns:
       A tree over the original weights, and its config, whose `init` is `"default"`.
 
     Raises:
-      ValueError: for a quantised base, whose original weights the tree does not have.
+      ValueError: for a quantised base without `base`.
     """
+    originals = None if base is None else leaves_by_path(base)
 
     def double(path: str, start: Any, end: Any) -> Any:
         if not isinstance(end, LoraArray):
-            return end
-        if is_array_leaf(start.w):
+            return end if originals is None or not isinstance(end, QuantArray) else originals[path]
+        if originals is not None:
+            w = originals[path]
+        elif is_array_leaf(start.w):
             raise ValueError(
-                f"{path!r} is quantised: its residual is rounded, so the trained weight is no "
-                "plain update of the original one. Merge it with jlora.merge_params instead."
+                f"{path!r} is quantised, so its original weights are not in this tree: pass them "
+                "as base=, or merge the adapter with jlora.merge_params."
             )
+        else:
+            w = start.materialise()
         rank_axis = end.axes.count("stack")
         a = jnp.concatenate([end.a, start.a], -1)
         b = jnp.concatenate([end.b, -start.b], rank_axis)
-        return dataclasses.replace(end, w=start.materialise(), a=a, b=b)
+        return dataclasses.replace(end, w=w, a=a, b=b)
 
     plain = map_with_path(double, initial, trained, is_leaf=is_array_leaf)
     factor = math.sqrt(2) if config.rank_stabilized else 2
@@ -130,6 +141,43 @@ def to_plain_lora(initial: Any, trained: Any, config: LoraConfig) -> tuple[Any, 
         alpha_pattern=[(pattern, factor * alpha) for pattern, alpha in config.alpha_pattern],
         init="default",
     )
+
+
+def from_plain_lora(initial: Any, plain: Any) -> Any:
+    """The trained tree that `to_plain_lora` made another of, over the base it was trained on.
+
+    Args:
+      initial: the tree that training started from, made again.
+      plain: a tree from `to_plain_lora`, also after `jlora.peft.save` and `load`.
+
+    Raises:
+      ValueError: if the adapter did not start from `initial`.
+    """
+
+    def halve(path: str, start: Any, both: Any) -> Any:
+        if not isinstance(start, LoraArray):
+            return both
+        first = slice(None, start.rank)
+        rank_axis = start.axes.count("stack")
+        b = jnp.split(both.b, 2, rank_axis) if both.rank == 2 * start.rank else [both.b, None]
+        if (
+            b[1] is None
+            or not _close(both.a[..., start.rank :], start.a)
+            or not _close(b[1], -start.b)
+        ):
+            raise ValueError(
+                f"The adapter at {path!r} did not start where this base, seed and init do: the "
+                "base has changed, or this machine decomposes it otherwise. Use the adapter as it "
+                "is, on the original weights."
+            )
+        return dataclasses.replace(start, a=both.a[..., first], b=b[0])
+
+    return map_with_path(halve, initial, plain, is_leaf=is_array_leaf)
+
+
+def _close(got: jax.Array, wanted: jax.Array) -> bool:
+    scale = float(jnp.abs(wanted).max()) or 1.0
+    return bool(jnp.allclose(got, wanted.astype(got.dtype), rtol=0, atol=1e-3 * scale))
 
 
 @initialiser(r"pissa(_niter_(\d+))?")
