@@ -61,6 +61,7 @@ _MODULES = (
     "quant",
     "report",
     "sharding",
+    "tokens",
     "train",
 )
 

@@ -5,7 +5,7 @@ import functools
 import os
 import platform
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from jlora import chat, models
+from jlora import chat, models, tokens
 from jlora.models import decoder
 from jlora.quant import Format
 
@@ -29,12 +29,16 @@ class Base:
       model: a `Decoder`.
       params: its weights; with adapters in place after `adapt_base`.
       tokenizer: its tokenizer.
+      tokenizer_files: what that was read from, name to text, with what was added.
+      new_tokens: ids of the tokens that were added.
     """
 
     name: str
     model: Any
     params: Any
     tokenizer: chat.Tokenizer
+    tokenizer_files: Mapping[str, str]
+    new_tokens: tuple[int, ...] = ()
 
     def apply(self, params: Any, tokens: jax.Array, **kwargs: Any) -> Any:
         """The model's logits; knows nothing of adapters and of quantised weights."""
@@ -67,9 +71,9 @@ def program_folder() -> Path:
     return cache_folder() / f"programs-{kind}"
 
 
-def load_tokenizer(name: str) -> chat.Tokenizer:
+def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> chat.Tokenizer:
     """The tokenizer of a model, without its weights."""
-    return chat.Tokenizer.from_files(models.tokenizer_files(name))
+    return chat.Tokenizer.from_files(tokens.add(models.tokenizer_files(name), new_tokens)[0])
 
 
 def load_base(
@@ -80,8 +84,9 @@ def load_base(
     unroll: int = 1,
     quantize: Format | None = None,
     cache: bool = False,
-    tokenizer: chat.Tokenizer | None = None,
     weights: bool = True,
+    new_tokens: Sequence[str] = (),
+    tokenizer_folder: str | os.PathLike[str] | None = None,
 ) -> Base:
     """Loads a model and its tokenizer.
 
@@ -93,9 +98,11 @@ def load_base(
       unroll: likewise.
       quantize: as in `models.load`.
       cache: whether to keep quantised weights in the user's cache folder for the next start.
-      tokenizer: if it is there already.
       weights: False gives `ShapeDtypeStruct`s, to look at a model larger than this machine's
         memory.
+      new_tokens: to add to the tokenizer, with room in the model.
+      tokenizer_folder: if it holds a tokenizer.json, with more tokens than the model's, that is
+        taken: adapters with new tokens bring one.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -105,7 +112,15 @@ def load_base(
     else:
         model, params = models.shapes(name, dtype=dtype, quantize=quantize)
     model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll))
-    return Base(name, model, params, tokenizer or load_tokenizer(name))
+    files, ids = tokens.add(models.tokenizer_files(name), new_tokens)
+    needed = max(ids, default=-1) + 1
+    tokenizer = chat.Tokenizer.from_files(files)
+    if tokenizer_folder is not None and (Path(tokenizer_folder) / "tokenizer.json").is_file():
+        files = models.tokenizer_files(tokenizer_folder)
+        before, tokenizer = tokenizer, chat.Tokenizer.from_files(files)
+        needed = tokenizer.vocab_size if tokenizer.vocab_size > before.vocab_size else needed
+    model, params = tokens.grow(model, params, needed)
+    return Base(name, model, params, tokenizer, files, ids)
 
 
 def adapt_base(
@@ -119,6 +134,6 @@ def adapt_base(
       key: of the adapters' start.
       originals: for a `lora.init` over quantised weights, those before quantising.
     """
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    params = jlora.init(key, base.params, lora, fn=base.apply, args=(tokens,), base=originals)
+    example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jlora.init(key, base.params, lora, fn=base.apply, args=(example,), base=originals)
     return dataclasses.replace(base, params=params)

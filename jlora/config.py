@@ -56,6 +56,8 @@ class ModelConfig(_Section):
       quantize: QLoRA: keeps the frozen weights of linear layers in nf4 (4.13 bits a parameter),
         int8 or float8, and computes in `dtype`; null for none.
       cache: whether to keep the quantised weights on disk, for a faster next start.
+      new_tokens: texts to add to the tokenizer; only their rows of the embedding train, and of an
+        untied head.
     """
 
     path: str
@@ -64,6 +66,7 @@ class ModelConfig(_Section):
     unroll: _Count = 1
     quantize: Literal["nf4", "int8", "float8"] | None = None
     cache: bool = False
+    new_tokens: tuple[str, ...] = ()
 
 
 class DataConfig(_Section):
@@ -113,6 +116,7 @@ class LoraSection(_Section):
     dropout: _Fraction = 0.0
     rank_stabilized: bool = False
     train: tuple[str, ...] | str = ()
+    rows: dict[str, tuple[Annotated[int, pydantic.Field(ge=0)], ...]] = {}
     dtype: Literal["float32", "bfloat16"] = "float32"
     variant: Literal["lora", "dora"] = "lora"
     init: Annotated[str, pydantic.AfterValidator(_init)] = "default"

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.lora import LoraArray
 from jlora.quant import QuantArray, format_of
+from jlora.rows import RowsArray
 from jlora.targets import leaves_by_path
 
 __all__ = ["check_base", "differences", "fingerprint"]
@@ -40,7 +41,7 @@ def fingerprint(params: Any, *, skip: Collection[str] = ()) -> dict[str, str]:
     forms: dict[str, str] = {}
     arrays: dict[str, jax.Array] = {}
     for path, leaf in leaves_by_path(params).items():
-        w = leaf.w if isinstance(leaf, LoraArray) else leaf
+        w = leaf.w if isinstance(leaf, LoraArray | RowsArray) else leaf
         array = w.codes if isinstance(w, QuantArray) else w
         if path in skip or not isinstance(array, jax.Array | np.ndarray) or not array.size:
             continue

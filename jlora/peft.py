@@ -30,7 +30,8 @@ from jlora.peft_names import (
     suffixes,
     with_parents,
 )
-from jlora.peft_read import check_shape, dense, match, read_adapter, read_config
+from jlora.peft_read import check_shape, dense, match, read_adapter, read_config, read_rows
+from jlora.rows import RowsArray
 
 __all__ = ["load", "save"]
 
@@ -90,11 +91,12 @@ def save(
                 "give the whole tree, jlora.combine(trainable, frozen)."
             )
     places = find_places(leaves)
+    tables = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, RowsArray)}
     names = leaves_by_path(labels(params, config))
     trained = [path for path, name in names.items() if isinstance(name, str) and name == "full"]
-    _check_expressible(adapters, trained, places)
+    _check_expressible(adapters, [*trained, *tables], places)
     if serve:
-        adapters, config = _for_serving(adapters, trained, config)
+        adapters, config = _for_serving(adapters, [*trained, *tables], config)
     tensors = {}
     for path, leaf in adapters.items():
         tensors |= _factor_tensors(leaf, places[path])
@@ -110,6 +112,11 @@ def save(
     settings["bias"] = bias
     for path in biases:
         whole |= _bias_tensors(leaves[path], places[path], tensors)
+    whole |= {
+        places[path].rows_name(): np.asarray(leaf.rows.astype(jnp.float32))
+        for path, leaf in tables.items()
+    }
+    settings["trainable_token_indices"] = _token_rows(tables, places)
     settings["base_model_name_or_path"] = base_model or None
     if revision:
         settings["revision"] = revision
@@ -147,14 +154,16 @@ def load(
         tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
-        if isinstance(leaf, LoraArray):
+        if isinstance(leaf, LoraArray | RowsArray):
             raise ValueError(f"{path!r} already has an adapter; merge it before loading another.")
     if not other_base:
         name, commit = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
         check_base(folder, f"{name or ''}{f' of revision {commit}' * bool(commit)}", base, params)
     places = find_places(leaves)
-    adapted, whole = match(folder, settings, tensors, leaves, places)
+    adapted, whole, tables = match(folder, settings, tensors, leaves, places)
     filled: dict[str, Any] = {}
+    for path in tables:
+        filled[path] = read_rows(folder, settings, tensors, path, leaves[path], places[path])
     for path in adapted:
         filled[path] = read_adapter(folder, settings, tensors, path, leaves[path], places[path])
     for path in whole:
@@ -175,7 +184,7 @@ def _for_serving(
     advice = "Merge the adapter with jlora.merge_params, save the whole model and serve that."
     if trained:
         raise NotImplementedError(
-            f"vLLM takes no weight trained whole beside an adapter, as {trained[0]!r} is. {advice}"
+            f"vLLM takes no trained weight beside an adapter, as {trained[0]!r} is one. {advice}"
         )
     rank = max(leaf.rank for leaf in adapters.values())
 
@@ -268,6 +277,13 @@ def _bias_tensors(
         wrapped = f"{module}.lora_A.weight" in tensors
         named[f"{module}.base_layer.bias" if wrapped else name] = np.ascontiguousarray(bias)
     return named
+
+
+def _token_rows(tables: Mapping[str, RowsArray], places: Mapping[str, Place]) -> Any:
+    """PEFT's `trainable_token_indices`: a list for the embedding alone, else an object."""
+    rows = {places[p].modules[0].rpartition(".")[2]: [*x.indices] for p, x in tables.items()}
+    embeds = all(places[path].kind == "embedding" for path in tables)
+    return next(iter(rows.values())) if rows and embeds else rows or None
 
 
 def _factor_tensors(leaf: LoraArray, place: Place) -> dict[str, np.ndarray]:

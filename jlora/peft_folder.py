@@ -25,6 +25,7 @@ _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "use_dora", "layers_to_transform", "layers_pattern", "bias",
+    "trainable_token_indices",
 }  # fmt: skip
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -88,6 +89,10 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
     layers = settings.get("layers_to_transform")
     if not all(type(x) is int for x in (layers if isinstance(layers, list) else [layers or 0])):
         refuse("layers_to_transform", "a layer's number or a list of them")
+    tokens = settings.get("trainable_token_indices") or {}
+    for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+            refuse("trainable_token_indices", "a list of rows, or an object from names to those")
     if settings["bias"] not in ("none", "all", "lora_only"):
         refuse("bias", "'none', 'all' or 'lora_only'")
     dropout = settings["lora_dropout"]

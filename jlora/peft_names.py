@@ -18,6 +18,7 @@ __all__ = [
     "is_tied",
     "pattern_value",
     "suffixes",
+    "token_rows",
     "with_parents",
 ]
 
@@ -62,10 +63,22 @@ class Place:
             return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
+    def rows_name(self) -> str:
+        """What PEFT calls the rows of a table that train alone."""
+        return f"{self.modules[0]}.token_adapter.trainable_tokens_delta"
+
     def adapter_names(self, module: str, *, dora: bool) -> tuple[str, ...]:
         """What PEFT calls all tensors of an adapter on a module."""
         magnitude = (f"{module}.lora_magnitude_vector",) if dora else ()
         return (*self.factor_names(module), *magnitude)
+
+
+def token_rows(module: str, place: Place, settings: Mapping[str, Any]) -> list[int] | None:
+    """The rows of a module that PEFT's `trainable_token_indices` names; None for another module."""
+    given = settings.get("trainable_token_indices") or {}
+    if isinstance(given, list):  # those of the model's input embedding
+        return given if place.kind == "embedding" else None
+    return next((rows for name, rows in given.items() if _ends(module, name)), None)
 
 
 def find_places(leaves: Mapping[str, Any]) -> dict[str, Place]:

@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import Context, Equation, explicit_sharding, is_array_leaf, rule
-from jlora.lowrank import Factored, LowRank, contract
+from jlora.leaf import ArrayLeaf, Context, Equation, explicit_sharding, is_array_leaf, rule
+from jlora.lowrank import LowRank, contract
 
 __all__ = ["arrange", "gather_axes", "gather_rows"]  # importing this module registers its rules
 
@@ -201,7 +201,7 @@ def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
 
 
 def gather_axes(
-    equation: Equation, leaf: Factored, indices: Any
+    equation: Equation, leaf: ArrayLeaf, indices: Any
 ) -> tuple[list[int], list[Any], list[Any]] | None:
     """The axes that a gather indexes, those of gathered factors and of its result; None if none.
 

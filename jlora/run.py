@@ -51,9 +51,21 @@ __all__ = [
 Say = Callable[[str], None]
 
 
-def lora_config(run: config.RunConfig) -> jlora.LoraConfig:
-    """The `LoraConfig` of a run."""
-    return jlora.LoraConfig(**run.lora.model_dump())
+def lora_config(run: config.RunConfig, base: Base | None = None) -> jlora.LoraConfig:
+    """The `LoraConfig` of a run; given the base, with the rows of its new tokens."""
+    fields = run.lora.model_dump()
+    if base is not None and base.new_tokens:
+        tables = ["embed_tokens"] + ["lm_head"] * (not base.model.config.tie_embeddings)
+        if named := set(tables) & {*fields["rows"], *fields["train"], *fields["targets"]}:
+            raise ValueError(
+                f"model.new_tokens trains rows of {', '.join(tables)}: leave {sorted(named)} out "
+                "of lora.rows, lora.train and lora.targets."
+            )
+        fields["rows"] |= dict.fromkeys(tables, base.new_tokens)
+        if len(tables) > 1:
+            exclude = fields["exclude"]
+            fields["exclude"] = (*([exclude] if isinstance(exclude, str) else exclude), "lm_head")
+    return jlora.LoraConfig(**fields)
 
 
 def make_loss(
@@ -90,7 +102,7 @@ def adapt_run(run: config.RunConfig, base: Base) -> Base:
     Raises:
       ValueError: if `lora.init` needs original weights and there are none.
     """
-    lora = lora_config(run)
+    lora = lora_config(run, base)
     return adapt_base(base, lora, jax.random.key(run.seed), originals=read_originals(run, base))
 
 
@@ -98,7 +110,7 @@ def read_originals(run: config.RunConfig, base: Base) -> Any:
     """The weights before quantising, where `lora.init` starts from them; else None."""
     if run.lora.init == "default" or run.model.quantize is None:
         return None
-    dense = load_base(run.model.path, dtype=run.model.dtype, tokenizer=base.tokenizer).params
+    dense = load_base(run.model.path, dtype=run.model.dtype, new_tokens=run.model.new_tokens).params
     if any(map(is_array_leaf, jlora.lora.leaves_by_path(dense).values())):
         raise ValueError(
             f"lora.init={run.lora.init!r} starts from the weights before they were quantised, and "
@@ -249,8 +261,7 @@ def _outcome(result: dict[str, Any]) -> str:
 
 def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
     """Everything that can be wrong is found here, the cheapest first."""
-    lora = lora_config(run)
-    tokenizer = load_tokenizer(run.model.path)
+    tokenizer = load_tokenizer(run.model.path, run.model.new_tokens)
     examples, held_out = read_data(run, tokenizer)
     batches = data.Batches(
         examples,
@@ -262,7 +273,7 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
     steps = run.train.steps or math.ceil(
         batches.count(run.train.epochs or 1) / run.train.accumulation
     )
-    make_optimizer(run, lora, steps)
+    make_optimizer(run, lora_config(run), steps)
     targets = sum(example.num_targets for example in examples)
     say(
         f"{len(examples):,} training examples with {sum(map(len, examples)):,} tokens, of which "
@@ -276,10 +287,12 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
         unroll=run.model.unroll,
         quantize=run.model.quantize,
         cache=run.model.cache,
-        tokenizer=tokenizer,
+        new_tokens=run.model.new_tokens,
     )
     # A target that matches nothing need not wait for the weights, which may take minutes.
-    base = adapt_base(load(weights=False), lora, jax.random.key(run.seed))
+    base = load(weights=False)
+    lora = lora_config(run, base)
+    base = adapt_base(base, lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
     metadata = {"lora": json.loads(lora.to_json()), "data_sha256": _digest(examples, held_out)}
     if weights:
@@ -403,6 +416,9 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
         revision=models.revision(run.model.path),
         base=job.metadata["base"],
     )
+    if job.base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
+        for name, text in job.base.tokenizer_files.items():
+            report.write_text(folder / "adapter" / name, text)
     lines = list(report.read_metrics(folder / "metrics.jsonl"))
     report.plot_losses(folder / "loss.png", lines, title=run.name)
     if run.eval.samples and job.held_out:

@@ -59,8 +59,7 @@ def load_run(
     run = config.load(folder / "config.yaml")
     if dtype is not None:
         run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": dtype})})
-    lora = lora_config(run)
-    changed, finished = lora.init != "default", (folder / "result.json").exists()
+    changed, finished = run.lora.init != "default", (folder / "result.json").exists()
     plain = plain or not quantized
     packs = quantized or (changed and not finished)  # a checkpoint goes with what training saw
     base = load_base(
@@ -68,7 +67,9 @@ def load_run(
         dtype=run.model.dtype,
         quantize=run.model.quantize if packs else None,
         cache=run.model.cache,
+        new_tokens=run.model.new_tokens,
     )
+    lora = lora_config(run, base)
     if finished:
         params, saved_lora = peft.load(folder / "adapter", base.params, other_base=other_base)
         if not changed or plain or not _has_packed(base.params):
@@ -76,7 +77,10 @@ def load_run(
         params = jlora.variants.from_plain_lora(adapt_run(run, base).params, params)
         return dataclasses.replace(base, params=params), lora
     initial = adapt_run(run, base)
-    params = _restore(folder, run, initial.params, base.params, say, other_base)
+    restored = _restore(folder, run, lora, initial.params, say)
+    if not other_base:
+        check_base(folder, run.model.path, restored.metadata["base"], base.params)
+    params = jlora.combine(restored.tree.trainable, jlora.split(initial.params, lora)[1])
     if changed and plain:
         originals = read_originals(run, base)
         params, lora = jlora.variants.to_plain_lora(initial.params, params, lora, base=originals)
@@ -84,11 +88,10 @@ def load_run(
 
 
 def _restore(
-    folder: Path, run: config.RunConfig, initial: Any, plain: Any, say: Say, other_base: bool
-) -> Any:
-    """The newest checkpoint's tree, from the one that the run began with."""
-    lora = lora_config(run)
-    trainable, frozen = jlora.split(initial, lora)
+    folder: Path, run: config.RunConfig, lora: jlora.LoraConfig, initial: Any, say: Say
+) -> checkpoint.Restored:
+    """The newest checkpoint of a run that began with this tree."""
+    trainable, _ = jlora.split(initial, lora)
     if not (folder / "checkpoints").is_dir():
         raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
     with contextlib.closing(
@@ -99,10 +102,8 @@ def _restore(
         restored = checkpoints.restore(template, expect={"lora": json.loads(lora.to_json())})
     if restored is None:
         raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
-    if not other_base:
-        check_base(folder, run.model.path, restored.metadata["base"], plain)
     say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
-    return jlora.combine(restored.tree.trainable, frozen)
+    return restored
 
 
 def load_to_merge(

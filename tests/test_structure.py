@@ -13,15 +13,15 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # fmt: off
 ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
-    "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "dora", "merging",
+    "nf4", "packed", "packed_rules", "packed_products", "quant", "rows", "lora", "dora", "merging",
     "summary", "variants", "factors", "alignment", "extraction", "arithmetic", "optim", "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder_config", "models.cache",
     "models.layers", "models.moe", "models.decoder", "models.weights", "models.bnb",
     "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
     "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
     "fingerprint", "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat",
-    "packing", "data", "docstrings", "losses", "train", "objective", "generate", "bench", "plan",
-    "base", "config", "report", "process", "run", "saved", "cli",
+    "tokens", "packing", "data", "docstrings", "losses", "train", "objective", "generate", "bench",
+    "plan", "base", "config", "report", "process", "run", "saved", "cli",
 ]
 # fmt: on
 
@@ -31,7 +31,7 @@ HOMES = {
     "optax": {"optim", "losses", "train"},
     "orbax": {"checkpoint"},
     "safetensors": {"models.hf", "models.packed_cache", "peft_folder"},
-    "tokenizers": {"chat"},
+    "tokenizers": {"chat", "tokens"},
     "jinja2": {"chat"},
     "gguf": {"models.gguf"},
     "huggingface_hub": {"models.hub"},
