@@ -55,6 +55,7 @@ _MODULES = (
     "fingerprint",
     "generate",
     "losses",
+    "measured",
     "models",
     "optim",
     "peft",

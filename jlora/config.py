@@ -94,12 +94,12 @@ class DataConfig(_Section):
     pack: bool = True
 
 
-_INITS = r"default|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)"
+_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)"
 
 
 def _init(name: str) -> str:
     if not re.fullmatch(_INITS, name):
-        text = "default, pissa, pissa_niter_16, loftq or loftq_iter_5"
+        text = "default, pissa, pissa_niter_16, olora, loftq or loftq_iter_5"
         raise pydantic_core.PydanticCustomError("init", "{text}", {"text": text})
     return name
 

@@ -42,7 +42,7 @@ class LoraConfig:
         more than two axes where `init` gets no function to read the roles from, for instance
         `{"*/q_proj/kernel": ("stack", "in", "out")}`.
       init: how an adapter starts: `"default"` changes nothing; `"pissa"`, `"pissa_niter_16"`,
-        `"loftq"` and `"loftq_iter_5"` are in `jlora.variants`, and change the base too.
+        `"olora"`, `"loftq"` and `"loftq_iter_5"` are in `jlora.variants`, and change the base too.
       variant: what a leaf stands for: `"lora"`, or `"dora"` (`jlora.dora`).
       dtype: of `a` and `b`. In bfloat16 an update of 2e-4 rounds away once |b| passes 0.06.
     """

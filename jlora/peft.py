@@ -26,7 +26,9 @@ from jlora.peft_names import (
     HEAD,
     Place,
     find_places,
+    is_targeted,
     is_tied,
+    nested,
     suffixes,
     with_parents,
 )
@@ -90,13 +92,13 @@ def save(
                 f"The adapter at {path!r} is one half of a split; "
                 "give the whole tree, jlora.combine(trainable, frozen)."
             )
-    places = find_places(leaves)
+    places = nested(find_places(leaves), adapters)
     tables = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, RowsArray)}
     names = leaves_by_path(labels(params, config))
     trained = [path for path, name in names.items() if isinstance(name, str) and name == "full"]
     _check_expressible(adapters, [*trained, *tables], places)
     if serve:
-        adapters, config = _for_serving(adapters, [*trained, *tables], config)
+        adapters, config = _for_serving(adapters, [*trained, *tables], config, places)
     tensors = {}
     for path, leaf in adapters.items():
         tensors |= _factor_tensors(leaf, places[path])
@@ -160,6 +162,9 @@ def load(
         name, commit = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
         check_base(folder, f"{name or ''}{f' of revision {commit}' * bool(commit)}", base, params)
     places = find_places(leaves)
+    places = nested(
+        places, [p for p, x in places.items() if is_targeted(x.modules[0], x, settings)]
+    )
     adapted, whole, tables = match(folder, settings, tensors, leaves, places)
     filled: dict[str, Any] = {}
     for path in tables:
@@ -178,13 +183,21 @@ def load(
 
 
 def _for_serving(
-    adapters: Mapping[str, LoraArray], trained: Sequence[str], config: LoraConfig
+    adapters: Mapping[str, LoraArray],
+    trained: Sequence[str],
+    config: LoraConfig,
+    places: Mapping[str, Place],
 ) -> tuple[dict[str, LoraArray], LoraConfig]:
     """The same updates with one rank and a scaling of 1, and the config that says so."""
     advice = "Merge the adapter with jlora.merge_params, save the whole model and serve that."
     if trained:
         raise NotImplementedError(
             f"vLLM takes no trained weight beside an adapter, as {trained[0]!r} is one. {advice}"
+        )
+    if raw := next((path for path in adapters if places[path].raw), None):
+        raise NotImplementedError(
+            f"{raw!r} is a parameter that PEFT adapts by target_parameters, and vLLM wants experts "
+            f"in another layout. {advice}"
         )
     rank = max(leaf.rank for leaf in adapters.values())
 
@@ -216,9 +229,10 @@ def _check_expressible(
             )
     for path, leaf in adapters.items():
         place = places[path]
-        stack = ("stack",) if place.stacked else ()
+        stack = ("stack",) * (leaf.ndim - 2)
         fits = leaf.axes in ((*stack, "in", "out"), (*stack, "out", "in"))
-        if place.kind not in ("kernel", "embedding") or not fits:
+        is_stack = leaf.ndim - 2 == place.stacked + (place.parameter not in ("weight", "bias"))
+        if place.kind not in ("kernel", "embedding") or not fits or not is_stack:
             raise NotImplementedError(
                 f"The adapter at {path!r} has axes {leaf.axes}; PEFT knows one input and one "
                 "output axis a layer. Merge it with jlora.merge_params and save the whole model."
@@ -226,6 +240,11 @@ def _check_expressible(
         if place.kind == "embedding" and is_tied(places):
             raise NotImplementedError(
                 f"The adapter at {path!r} cannot be exported: {_TIED_ADVICE}."
+            )
+        if place.raw and isinstance(leaf, DoraArray):
+            raise NotImplementedError(
+                f"The adapter at {path!r} is DoRA, which PEFT lacks for experts and routers. Merge "
+                "it with jlora.merge_params and save the whole model."
             )
     if len({type(leaf) for leaf in adapters.values()}) > 1:
         raise NotImplementedError(
@@ -296,8 +315,9 @@ def _factor_tensors(leaf: LoraArray, place: Place) -> dict[str, np.ndarray]:
     for module, a_layer, b_layer in zip(place.modules, a, b, strict=True):
         down, up = place.factor_names(module)
         if a_layer.any() or b_layer.any():  # else a layer without an adapter, see `_adapter`
-            tensors[down] = np.ascontiguousarray(a_layer.T)  # [rank d_in]
-            tensors[up] = np.ascontiguousarray(b_layer.T)  # [d_out rank]
+            a_layer = a_layer.swapaxes(-1, -2)  # [rank d_in], or [experts rank d_in]
+            tensors[down] = np.ascontiguousarray(a_layer.reshape(-1, a_layer.shape[-1]))
+            tensors[up] = np.ascontiguousarray(b_layer.T.reshape(b_layer.shape[-1], -1))
     if isinstance(leaf, DoraArray):
         magnitude = np.asarray(leaf.magnitude.astype(jnp.float32))
         for module, lengths in zip(place.modules, magnitude if place.stacked else magnitude[None]):
@@ -335,17 +355,20 @@ def _settings(
     whole: Iterable[str],
 ) -> dict[str, Any]:
     """The contents of adapter_config.json."""
-    adapted = {
-        module: path
+    targets = {
+        places[path].target(module): path
         for path in adapters
         for module in places[path].modules
         if places[path].factor_names(module)[0] in tensors
     }
+    raw = [name for name, path in targets.items() if places[path].raw]
+    adapted = {name: path for name, path in targets.items() if name not in raw}
     others = {module for place in places.values() for module in place.modules} - set(adapted)
+    parameters = {f"{m}.{place.parameter}" for place in places.values() for m in place.modules}
     if is_tied(places):
         others.add(HEAD)
-    ranks = {module: adapters[path].rank for module, path in adapted.items()}
-    alphas = {module: _alpha(adapters[path], config) for module, path in adapted.items()}
+    ranks = {name: adapters[path].rank for name, path in targets.items()}
+    alphas = {name: _alpha(adapters[path], config) for name, path in targets.items()}
     rank = _usual(ranks.values(), config.rank)
     alpha = _usual(alphas.values(), config.alpha)
     saved = sorted(set(whole))
@@ -357,8 +380,9 @@ def _settings(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _whole_number(alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": suffixes(adapted, others),
+        "lora_dropout": 0.0 if raw else config.dropout,  # which PEFT has not for parameters
+        "target_modules": suffixes(adapted, others) or None,
+        "target_parameters": suffixes(raw, parameters - set(raw)) or None,
         # PEFT looks for these at the end of names without regard to dots: "norm" would also mean
         # every "input_layernorm".
         "modules_to_save": suffixes(saved, unsaved, at_dot=False) or None,

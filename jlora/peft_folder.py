@@ -25,7 +25,7 @@ _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "use_dora", "layers_to_transform", "layers_pattern", "bias",
-    "trainable_token_indices",
+    "trainable_token_indices", "target_parameters",
 }  # fmt: skip
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -98,9 +98,9 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
     dropout = settings["lora_dropout"]
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         refuse("lora_dropout", "at least 0 and below 1")
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = settings.get(name) or []
-        text = isinstance(value, str) and name != "modules_to_save"
+        text = isinstance(value, str) and name in ("target_modules", "exclude_modules")
         if not text and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
             refuse(name, "a list of names")
     regexes = [settings.get(name) for name in ("target_modules", "exclude_modules")]
@@ -222,7 +222,11 @@ def _model_card(settings: Mapping[str, Any], base_license: str) -> str:
         of=f" for {base_model}" if base_model else "",
         rank=settings["r"],
         alpha=settings["lora_alpha"],
-        targets=", ".join(f"`{target}`" for target in settings["target_modules"]),
+        targets=", ".join(
+            f"`{target}`"
+            for name in ("target_modules", "target_parameters")
+            for target in settings[name] or ()
+        ),
         base=json.dumps(base_model or "path/to/the/base/model"),
     )
 

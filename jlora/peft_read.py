@@ -133,6 +133,8 @@ def _covered(
     place: Place, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> list[str]:
     """The modules of a leaf that the file or the config has an adapter for."""
+    if place.raw:
+        return [module for module in place.modules if is_targeted(module, place, settings)]
     if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
         return []
     return [
@@ -210,19 +212,22 @@ def read_adapter(
 ) -> LoraArray:
     """The adapter of a leaf, from the tensors of all its modules."""
     rank, alpha = _rank_and_alpha(folder, settings, path, place)
-    d_in, d_out = leaf.shape[-2:]
+    *stack, d_in, d_out = leaf.shape
+    experts = tuple(stack[place.stacked :])
+    count = math.prod(experts)
     downs, ups, lengths = [], [], []
     for module in place.modules:
         down, up, magnitude = place.adapter_names(module, dora=True)
         if down not in tensors:
             # Not adapted. Where both factors are zero, so are their gradients: it stays that way.
-            downs.append(np.zeros((d_in, rank), np.float32))
-            ups.append(np.zeros((rank, d_out), np.float32))
+            downs.append(np.zeros((*experts, d_in, rank), np.float32))
+            ups.append(np.zeros((*experts, rank, d_out), np.float32))
             continue
-        check_shape(folder, down, tensors[down], (rank, d_in))
-        check_shape(folder, up, tensors[up], (d_out, rank))
-        downs.append(tensors[down].T)
-        ups.append(tensors[up].T)
+        check_shape(folder, down, tensors[down], (count * rank, d_in))
+        check_shape(folder, up, tensors[up], (d_out, rank * count))
+        # PEFT has a rank of one expert after the other in A, and expert by expert of a rank in B.
+        downs.append(tensors[down].reshape(*experts, rank, d_in).swapaxes(-1, -2))
+        ups.append(tensors[up].reshape(d_out, rank, *experts).T)
         if settings["use_dora"]:
             check_shape(folder, magnitude, tensors[magnitude], (d_out,))
             lengths.append(tensors[magnitude])
@@ -233,7 +238,7 @@ def read_adapter(
         a,
         b,
         scaling=alpha / (math.sqrt(rank) if settings["use_rslora"] else rank),
-        axes=("stack", "in", "out") if place.stacked else ("in", "out"),
+        axes=(*(("stack",) * len(stack)), "in", "out"),
         dropout=settings["lora_dropout"],
     )
     if not lengths:
@@ -247,10 +252,10 @@ def _rank_and_alpha(
 ) -> tuple[int, float]:
     pairs = {
         (
-            pattern_value(settings["rank_pattern"], module, settings["r"]),
-            pattern_value(settings["alpha_pattern"], module, settings["lora_alpha"]),
+            pattern_value(settings["rank_pattern"], name, settings["r"]),
+            pattern_value(settings["alpha_pattern"], name, settings["lora_alpha"]),
         )
-        for module in place.modules
+        for name in map(place.target, place.modules)
     }
     if len(pairs) > 1:
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""Adapters that start from the weights: PiSSA, QPiSSA and LoftQ.
+"""Adapters that start from the weights: PiSSA, QPiSSA, OLoRA and LoftQ.
 
 Each takes a tree from `jlora.init` and gives one of the same structure with other factors and
 another base, so that training, sharding and merging need to know nothing of them. A config names
@@ -21,7 +21,7 @@ from jlora.packed import matrices_to_weight, weight_to_matrices
 from jlora.quant import QuantArray, dequantize
 from jlora.tree import map_with_path
 
-__all__ = ["from_plain_lora", "loftq", "pissa", "to_plain_lora"]
+__all__ = ["from_plain_lora", "loftq", "olora", "pissa", "to_plain_lora"]
 
 
 def pissa(
@@ -88,6 +88,27 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
     if base is None:
         raise ValueError("LoftQ needs the weights before they were quantised: pass base=.")
     return _restart(params, base, None, None, iterations, quantise_first=True)
+
+
+def olora(params: Any, *, base: Any = None) -> Any:
+    """Starts from an orthonormal basis of the weight's outputs (OLoRA, arXiv:2406.01775).
+
+    With the decomposition `w.T = q r`, `b` is the transpose of the first columns of `q`, `a` that
+    of the first rows of `r`, and the base becomes the residual `w - scaling * a @ b`, as in PEFT:
+    the function's output stays the same, at the rounding of the base's dtype. Over a quantised base
+    the residual is quantised.
+
+    Args:
+      params: a tree from `jlora.init`, over plain or quantised weights.
+      base: as in `pissa`.
+
+    Returns:
+      The tree with new factors and bases; shapes and dtypes do not change.
+
+    Raises:
+      ValueError: if there is no adapter, or `base` does not fit.
+    """
+    return _restart(params, base, None, None, 1, quantise_first=False, orthonormal=True)
 
 
 def to_plain_lora(
@@ -186,6 +207,11 @@ def _pissa(match: re.Match[str], key: jax.Array, params: Any, base: Any) -> Any:
     return pissa(params, base=base, niter=niter, key=key)
 
 
+@initialiser(r"olora")
+def _olora(match: re.Match[str], key: jax.Array, params: Any, base: Any) -> Any:
+    return olora(params, base=base)
+
+
 @initialiser(r"loftq(_iter_(\d+))?")
 def _loftq(match: re.Match[str], key: jax.Array, params: Any, base: Any) -> Any:
     return loftq(params, base, iterations=int(match[2] or 1))
@@ -199,6 +225,7 @@ def _restart(
     iterations: int,
     *,
     quantise_first: bool,
+    orthonormal: bool = False,
 ) -> Any:
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations!r}.")
@@ -214,7 +241,7 @@ def _restart(
             raise ValueError(f"base has no weight of shape {leaf.shape} at {path!r}.")
         w = originals.get(path, leaf.w)
         w = dequantize(w, dtype=jnp.float32) if isinstance(w, QuantArray) else jnp.asarray(w)
-        start = _Start(leaf, niter, iterations, quantise_first)
+        start = _Start(leaf, niter, iterations, quantise_first, orthonormal)
         return jax.jit(start)(w, jax.random.key(0) if key is None else key)
 
     return map_with_path(restart, params, is_leaf=is_array_leaf)
@@ -228,6 +255,7 @@ class _Start:
     niter: int | None
     iterations: int
     quantise_first: bool
+    orthonormal: bool = False
 
     def __call__(self, w: jax.Array, key: jax.Array) -> LoraArray:
         """The leaf for the original weight `w`, in the dtype and format of the one it replaces."""
@@ -273,8 +301,11 @@ class _Start:
         return base, a, b
 
     def _decompose(self, w: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`a` and `b` with the best `scaling * a @ b` for a matrix `[in out]`."""
+        """The factors for a matrix `[in out]`: those of the best product, or of a basis."""
         rank, dtype = self.like.rank, self.like.a.dtype
+        if self.orthonormal:
+            q, r = jnp.linalg.qr(w.mT)
+            return r[:rank].mT.astype(dtype), q[:, :rank].mT.astype(dtype)
         if self.niter is None:
             u, s, v = jnp.linalg.svd(w, full_matrices=False)
         else:

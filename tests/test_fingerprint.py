@@ -1,10 +1,13 @@
 """An adapter knows its base, however that is read: in another dtype, quantised, on a mesh."""
 
 import dataclasses
+import json
+import pickle
 
 import jax
 import jax.numpy as jnp
 import pytest
+import safetensors.numpy
 from test_peft import adapted, tiny
 from tiny import write_config
 
@@ -115,3 +118,40 @@ def test_a_run_knows_its_base(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["train", str(path)]) == 2
     assert "base.norm/scale: was" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_wrong_adapters_end_the_command_with_one_message(tmp_path, capsys):
+    path = write_config(tmp_path, train={"steps": 3}, eval={"samples": 0, "every": None})
+    assert cli.main(["train", str(path)]) == 0
+    whole = tmp_path / "runs" / "tiny" / "adapter"
+    tensors = safetensors.numpy.load_file(whole / "adapter_model.safetensors")
+    settings = json.loads((whole / "adapter_config.json").read_text())
+    first = sorted(tensors)[0]
+    less = {name: x for name, x in tensors.items() if name != first}
+    cases = {
+        "Missing from the file: model.layers.0": (less, {}),
+        "Without a place in the model: model.stranger": (
+            tensors | {"base_model.model.model.stranger.lora_A.weight": tensors[first]}, {}
+        ),
+        "has shape [2, 48], expected [4, 48]": (tensors | {first: tensors[first][:2]}, {}),
+        "peft_type is 'LOHA'; only 'LORA' can be loaded": (tensors, {"peft_type": "LOHA"}),
+        "is broken or incomplete": (b"nonsense", {}),
+        "a pickle: reading one can run any code": (None, {}),
+    }  # fmt: skip
+    for number, (message, (contents, changes)) in enumerate(cases.items()):
+        folder = tmp_path / f"wrong{number}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+        if isinstance(contents, dict):
+            safetensors.numpy.save_file(contents, folder / "adapter_model.safetensors")
+        elif contents:
+            (folder / "adapter_model.safetensors").write_bytes(contents)
+        else:
+            (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
+        capsys.readouterr()
+        arguments = ["--adapter", str(folder), "--prompt", "a"]
+        assert cli.main(["generate", str(tmp_path / "model"), *arguments]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert "Traceback" not in told

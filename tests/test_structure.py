@@ -14,7 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
     "nf4", "packed", "packed_rules", "packed_products", "quant", "rows", "lora", "dora", "merging",
-    "summary", "variants", "factors", "alignment", "extraction", "arithmetic", "optim", "sharding",
+    "summary", "variants", "measured", "factors", "alignment", "extraction", "arithmetic", "optim",
+    "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder_config", "models.cache",
     "models.layers", "models.moe", "models.decoder", "models.weights", "models.bnb",
     "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
