@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import jlora
-from jlora import chat, models, tokens
+from jlora import chat, models, sharding, tokens, tree
+from jlora.leaf import is_array_leaf
 from jlora.models import decoder
 from jlora.quant import Format
 
@@ -31,6 +33,7 @@ class Base:
       tokenizer: its tokenizer.
       tokenizer_files: what that was read from, name to text, with what was added.
       new_tokens: ids of the tokens that were added.
+      mesh: that the weights lie on; None for the default device.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Base:
     tokenizer: chat.Tokenizer
     tokenizer_files: Mapping[str, str]
     new_tokens: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
     def apply(self, params: Any, tokens: jax.Array, **kwargs: Any) -> Any:
         """The model's logits; knows nothing of adapters and of quantised weights."""
@@ -87,6 +91,7 @@ def load_base(
     weights: bool = True,
     new_tokens: Sequence[str] = (),
     tokenizer_folder: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
 ) -> Base:
     """Loads a model and its tokenizer.
 
@@ -103,15 +108,20 @@ def load_base(
       new_tokens: to add to the tokenizer, with room in the model.
       tokenizer_folder: if it holds a tokenizer.json, with more tokens than the model's, that is
         taken: adapters with new tokens bring one.
+      mesh: to spread the weights over by `sharding.DECODER_RULES`, and the activations.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if weights:
         folder = cache_folder() / "packed" if cache else None
-        model, params = models.load(name, dtype=dtype, quantize=quantize, cache=folder)
+        place = None if mesh is None else sharding.placement(mesh, sharding.DECODER_RULES)
+        model, params = models.load(
+            name, dtype=dtype, quantize=quantize, sharding=place, cache=folder
+        )
     else:
         model, params = models.shapes(name, dtype=dtype, quantize=quantize)
-    model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll))
+    options = {} if mesh is None else {"place": sharding.Activations(mesh)}
+    model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll), **options)
     files, ids = tokens.add(models.tokenizer_files(name), new_tokens)
     needed = max(ids, default=-1) + 1
     tokenizer = chat.Tokenizer.from_files(files)
@@ -120,20 +130,47 @@ def load_base(
         before, tokenizer = tokenizer, chat.Tokenizer.from_files(files)
         needed = tokenizer.vocab_size if tokenizer.vocab_size > before.vocab_size else needed
     model, params = tokens.grow(model, params, needed)
-    return Base(name, model, params, tokenizer, files, ids)
+    return Base(name, model, params, tokenizer, files, ids, mesh)
 
 
 def adapt_base(
     base: Base, lora: jlora.LoraConfig, key: jax.Array, *, originals: Any = None
 ) -> Base:
-    """Puts fresh adapters into the weights.
+    """Puts fresh adapters into the weights, on a mesh each beside its weight.
 
     Args:
       base: without adapters.
       lora: the config.
       key: of the adapters' start.
       originals: for a `lora.init` over quantised weights, those before quantising.
+
+    Raises:
+      NotImplementedError: for a `lora.init` that changes the base, or `lora.rows`, on a mesh.
     """
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    params = jlora.init(key, base.params, lora, fn=base.apply, args=(example,), base=originals)
-    return dataclasses.replace(base, params=params)
+    init = functools.partial(jlora.init, config=lora, fn=base.apply, args=(example,))
+    leaves = jax.tree.leaves(base.params)
+    if base.mesh is None or isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return dataclasses.replace(base, params=init(key, base.params, base=originals))
+    if lora.init != "default" or lora.rows:
+        raise NotImplementedError(
+            "On a mesh of devices a run begins with lora.init=default and trains no single rows "
+            "(model.new_tokens, lora.rows). Leave these out, or leave out mesh to use one device."
+        )
+    adapted = jax.eval_shape(init, key, base.params)
+    where = sharding.shardings(adapted, base.mesh, sharding.DECODER_RULES)
+
+    def half(values: Any) -> Any:
+        names = jlora.labels(adapted, lora)
+        return jax.tree.map(lambda name, x: None if name == "frozen" else x, names, values)
+
+    # Weights go in and do not come out, or the program would copy them.
+    make = jax.jit(lambda key, params: half(init(key, params)), out_shardings=half(where))
+
+    def without_adapter(path: str, leaf: Any, weight: Any) -> Any:
+        if isinstance(leaf, jlora.LoraArray):
+            return dataclasses.replace(leaf, w=weight, **dict.fromkeys(leaf.arrays))
+        return None if any(tree.matches(pattern, path) for pattern in lora.train) else weight
+
+    frozen = tree.map_with_path(without_adapter, adapted, base.params, is_leaf=is_array_leaf)
+    return dataclasses.replace(base, params=tree.combine(make(key, base.params), frozen))

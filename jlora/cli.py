@@ -29,10 +29,18 @@ Fine-tune language models with LoRA in JAX.
   jlora export runs/quickstart -o adapter/       a PEFT folder
   jlora bench --shape 1b                         speed and memory of a step on this machine
 """
+_OTHER_BASE = "take an adapter on another base model than the one it was made for"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    code = _run(arguments)
+    if code and (devices := sys.modules.get("jlora.devices")):
+        devices.leave(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     args = _parser().parse_args(arguments)
     debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
     try:
@@ -74,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=f"{summary}: {described}")
         sub.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/quickstart")
         sub.add_argument("-o", "--output", required=True, metavar="DIR", help=described)
-        _add_other_base(sub)
+        sub.add_argument("--other-base", action="store_true", help=_OTHER_BASE)
         sub.set_defaults(command=command)
         if name == "merge":
             sub.add_argument(
@@ -110,6 +118,10 @@ def _add_run_commands(commands: Any) -> None:
             help="replaces a key of the file, such as optim.learning_rate=1e-4",
         )
         sub.set_defaults(command=command)
+        if name == "train":
+            from jlora import process
+
+            process.add_flags(sub)
 
 
 def _add_generate(commands: Any) -> None:
@@ -140,16 +152,8 @@ def _add_generate(commands: Any) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the base; by default that of the run, and auto for a model",
     )
-    _add_other_base(sub)
+    sub.add_argument("--other-base", action="store_true", help=_OTHER_BASE)
     sub.set_defaults(command=_generate)
-
-
-def _add_other_base(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--other-base",
-        action="store_true",
-        help="take an adapter on another base model than the one it was made for",
-    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -181,6 +185,8 @@ def _add_bench(commands: Any) -> None:
 
 
 # Errors
+
+_AGAIN = "start all of them again with the same command, and the run resumes."
 
 
 @contextlib.contextmanager
@@ -230,7 +236,8 @@ def _message(error: Exception) -> str | None:
                 "out of memory. Lower train.batch_size (and raise train.accumulation by as much) "
                 f"or data.length, or set model.remat=full.\n{text.splitlines()[0]}"
             )
-        return None
+        gone = "Gloo" in text or "coordination service" in text
+        return f"another process of this run is gone: {_AGAIN}\n{text[:200]}" if gone else None
     if type(error).__name__ == "NonFiniteError":
         return text
     mendable = (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError)
@@ -273,10 +280,14 @@ def _train(args: argparse.Namespace) -> None:
     from jlora import config
 
     run = config.load(args.config, args.overrides)
+    from jlora import devices
     from jlora import run as runs
 
     _set_up_process()
-    runs.run_training(run, _say)
+    import jax
+
+    devices.start(args.coordinator, args.processes, args.process, automatic=args.distributed)
+    runs.run_training(run, _say, jax.devices())
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -315,21 +326,18 @@ def _merge(args: argparse.Namespace) -> None:
     )
     errors = saved.merge_report(args.run, loaded.params, args.error_layers)
     merged = jlora.merge_params(loaded.params)
-    files = loaded.tokenizer_files
-    models.save(args.output, loaded.model, merged, tokenizer_files=files)
+    models.save(args.output, loaded.model, merged, tokenizer_files=loaded.tokenizer_files)
     _say(f"Wrote the merged model to {args.output}.{into}")
     if errors:
         _say(errors)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from jlora import models, peft, saved
+    from jlora import saved
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, lora = saved.load_run(args.run, _whisper, plain=True, other_base=args.other_base)
-    revision = models.revision(loaded.name)
-    peft.save(args.output, loaded.params, lora, base_model=loaded.name, revision=revision)
+    saved.export(args.run, args.output, _whisper, other_base=args.other_base)
     _say(f"Wrote the adapter to {args.output}.")
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import pydantic_core
@@ -27,6 +27,16 @@ class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def _parts(size: int) -> int:
+    if size < 1 and size != -1:
+        expected = "at least 1, or -1 for what the other axes leave"
+        raise pydantic_core.PydanticCustomError("parts", "{text}", {"text": expected})
+    return size
+
+
+_Parts = Annotated[int, pydantic.AfterValidator(_parts)]
 
 
 def _remat(name: str) -> str:
@@ -152,8 +162,9 @@ class TrainConfig(_Section):
     Attributes:
       steps: optimizer steps; or give `epochs`.
       epochs: passes over the training rows, may be a fraction.
-      batch_size: rows on the device at a time.
+      batch_size: rows of a batch that is on the devices at a time, over all of a mesh.
       accumulation: such batches summed for one step.
+      profile: traces the three steps after this one for TensorBoard or Perfetto, into `profile/`.
       head_chunk_tokens: tokens that go through the model's head together; each has a float32 logit
         for every word of the vocabulary. By default 128 on a CPU and 1024 elsewhere.
     """
@@ -162,6 +173,7 @@ class TrainConfig(_Section):
     epochs: _Positive | None = None
     batch_size: _Count = 8
     accumulation: _Count = 1
+    profile: _Count | None = None
     head_chunk_tokens: _Count | None = None
 
 
@@ -198,6 +210,20 @@ class CheckpointConfig(_Section):
     keep: _Count = 3
 
 
+class MeshConfig(_Section):
+    """How all devices, of all processes, are laid out; one size may be -1, for what is left.
+
+    Attributes:
+      data: copies of the model; each takes its part of a batch's rows.
+      fsdp: parts of every weight, gathered when needed; each takes its part of the rows as well.
+      tensor: parts of heads and hidden units, computed each in its place.
+    """
+
+    data: _Parts = 1
+    fsdp: _Parts = -1
+    tensor: _Parts = 1
+
+
 class RunConfig(_Section):
     """A whole run.
 
@@ -205,6 +231,7 @@ class RunConfig(_Section):
       name: of the run's folder below `output`.
       output: the folder of runs.
       seed: of the adapters' start, the order of the data, the held-out rows and dropout.
+      mesh: the devices to use; null for one, or with several processes for `fsdp` over all.
       model: the base.
       data: what to train on.
       lora: what to adapt.
@@ -217,6 +244,7 @@ class RunConfig(_Section):
     name: Annotated[str, pydantic.Field(pattern=r"^[\w][\w.-]*$")]
     output: str = "runs"
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
+    mesh: MeshConfig | None = None
     model: ModelConfig
     data: DataConfig
     lora: LoraSection = LoraSection()
@@ -273,7 +301,8 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     keys = [
         key
         for key in {**before, **after}
-        if key.split(".")[0] not in ("checkpoint", "output") and key != "model.cache"
+        if key.split(".")[0] not in ("checkpoint", "mesh", "output")
+        and key not in ("model.cache", "train.profile")
     ]
     return [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
@@ -404,9 +433,9 @@ def _near(key: str) -> str:
 def _known_keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
-            yield from _known_keys(kind, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+                yield from _known_keys(kind, f"{prefix}{name}.")
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -450,10 +479,8 @@ def _check_together(config: RunConfig, path: Path) -> None:
             "model.quantize, for instance to nf4."
         )
     if config.lora.init != "default" and config.lora.variant != "lora":
-        raise ValueError(
-            f"{path}: lora.init={config.lora.init} changes the base, and lora.variant="
-            f"{config.lora.variant} measures it: choose one of the two."
-        )
+        both = f"lora.init={config.lora.init} changes the base, lora.variant measures it"
+        raise ValueError(f"{path}: {both}: choose one of the two.")
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -134,5 +134,7 @@ def _automatic(array: jax.Array) -> jax.Array:
     if not isinstance(sharding, NamedSharding):
         return array
     mesh: Any = sharding.mesh
+    if all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        return array
     plain = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
     return jax.device_put(array, NamedSharding(plain, PartitionSpec(*sharding.spec)))

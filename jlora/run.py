@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jlora import (
     checkpoint,
     config,
     data,
+    devices,
     docstrings,
     generate,
     models,
@@ -35,44 +37,30 @@ from jlora import (
 )
 from jlora.base import Base, adapt_base, cache_folder, load_base, load_tokenizer
 from jlora.fingerprint import fingerprint
-from jlora.leaf import is_array_leaf
+from jlora.fresh import adapt_run, lora_config, start_digest
 
 __all__ = [
-    "adapt_run",
     "inspect",
-    "lora_config",
     "make_loss",
     "make_optimizer",
     "read_data",
-    "read_originals",
     "run_training",
 ]
 
 Say = Callable[[str], None]
 
 
-def lora_config(run: config.RunConfig, base: Base | None = None) -> jlora.LoraConfig:
-    """The `LoraConfig` of a run; given the base, with the rows of its new tokens."""
-    fields = run.lora.model_dump()
-    if base is not None and base.new_tokens:
-        tables = ["embed_tokens"] + ["lm_head"] * (not base.model.config.tie_embeddings)
-        if named := set(tables) & {*fields["rows"], *fields["train"], *fields["targets"]}:
-            raise ValueError(
-                f"model.new_tokens trains rows of {', '.join(tables)}: leave {sorted(named)} out "
-                "of lora.rows, lora.train and lora.targets."
-            )
-        fields["rows"] |= dict.fromkeys(tables, base.new_tokens)
-        if len(tables) > 1:
-            exclude = fields["exclude"]
-            fields["exclude"] = (*([exclude] if isinstance(exclude, str) else exclude), "lm_head")
-    return jlora.LoraConfig(**fields)
-
-
 def make_loss(
     base: Base, lora: jlora.LoraConfig, *, chunk_tokens: int | None = None
 ) -> train.LossFn:
     """The loss of a batch as `data.Batches` gives it; `chunk_tokens` as in `objective`."""
-    return objective.make_loss(base.model, base.params, lora, chunk_tokens=chunk_tokens)
+    return objective.make_loss(
+        base.model,
+        base.params,
+        lora,
+        chunk_tokens=chunk_tokens,
+        row_parts=devices.row_parts(base.mesh),
+    )
 
 
 def make_optimizer(
@@ -94,41 +82,6 @@ def make_optimizer(
         weight_decay=optim_config.weight_decay,
     )
     return optim.optimizer(adamw, lora), schedule
-
-
-def adapt_run(run: config.RunConfig, base: Base) -> Base:
-    """Puts a run's fresh adapters into its base: each time the same, which nothing else keeps.
-
-    Raises:
-      ValueError: if `lora.init` needs original weights and there are none.
-    """
-    lora = lora_config(run, base)
-    return adapt_base(base, lora, jax.random.key(run.seed), originals=read_originals(run, base))
-
-
-def read_originals(run: config.RunConfig, base: Base) -> Any:
-    """The weights before quantising, where `lora.init` starts from them; else None."""
-    if run.lora.init == "default" or run.model.quantize is None:
-        return None
-    dense = load_base(run.model.path, dtype=run.model.dtype, new_tokens=run.model.new_tokens).params
-    if any(map(is_array_leaf, jlora.lora.leaves_by_path(dense).values())):
-        raise ValueError(
-            f"lora.init={run.lora.init!r} starts from the weights before they were quantised, and "
-            f"{run.model.path} holds them in 4 bits only. Take the original model, or leave "
-            "lora.init out."
-        )
-    return dense
-
-
-def _start_digest(params: Any) -> dict[str, str]:
-    """Of a base that an initialiser changed and of the factors, to the bit."""
-    bits = {
-        f"{path}.{name}": jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        for path, leaf in jlora.lora.leaves_by_path(params).items()
-        if isinstance(leaf, jlora.LoraArray)
-        for name, x in leaf.present().items()
-    }
-    return fingerprint(params) | fingerprint(bits)
 
 
 # The data
@@ -194,19 +147,24 @@ class _Job:
     metadata: dict[str, Any]
 
 
-def run_training(run: config.RunConfig, say: Say) -> None:
+def run_training(run: config.RunConfig, say: Say, on: Sequence[Any]) -> None:
     """Does what `jlora train` does: begins a run, resumes it, or says that it is finished.
 
     Args:
       run: from `config.load`.
       say: told what a user should know.
+      on: all devices, of all processes, for the mesh of the run.
     """
+    devices.check_connected()
     folder = run.folder
-    if _is_finished(run, say):
+    say = say if devices.is_first() else _say_nothing
+    if devices.from_first(lambda: _is_finished(run, say)):
         return
-    with process.lock(folder):
-        job = _prepare(run, say)
-        config.save(folder / "config.yaml", run)
+    with contextlib.ExitStack() as stack:
+        devices.from_first(lambda: stack.enter_context(process.lock(folder)))
+        devices.check_shared(folder)
+        job = _prepare(run, say, on)
+        devices.from_first(lambda: config.save(folder / "config.yaml", run))
         checkpoints = checkpoint.Checkpoints(
             folder / "checkpoints", keep=run.checkpoint.keep, on_message=say
         )
@@ -222,9 +180,18 @@ def run_training(run: config.RunConfig, say: Say) -> None:
         _finish(job, result, trainable, say)
 
 
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def _whisper(text: str) -> None:
+    number = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    print(f"jlora: {number}{text}", file=sys.stderr, flush=True)
+
+
 def inspect(run: config.RunConfig, say: Say) -> None:
     """Does what `jlora inspect` does: shows the data and what would train."""
-    job = _prepare(run, say, weights=False)
+    job = _prepare(run, say, (), weights=False)
     example = data.preview(job.examples[0], job.base.tokenizer)
     say(f"The first example, with what counts in the loss in \u27e6...\u27e7:\n{example}")
     tokens = run.train.batch_size * run.train.accumulation * run.data.length
@@ -259,8 +226,11 @@ def _outcome(result: dict[str, Any]) -> str:
     return f"{text}, adapter in {result['adapter']}"
 
 
-def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
+def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: bool = True) -> _Job:
     """Everything that can be wrong is found here, the cheapest first."""
+    mesh = devices.make_mesh(None if run.mesh is None else run.mesh.model_dump(), on)
+    rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
+    devices.check_rows(mesh, rows)
     tokenizer = load_tokenizer(run.model.path, run.model.new_tokens)
     examples, held_out = read_data(run, tokenizer)
     batches = data.Batches(
@@ -288,28 +258,30 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
         quantize=run.model.quantize,
         cache=run.model.cache,
         new_tokens=run.model.new_tokens,
+        mesh=mesh,
     )
     # A target that matches nothing need not wait for the weights, which may take minutes.
     base = load(weights=False)
     lora = lora_config(run, base)
     base = adapt_base(base, lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
-    metadata = {"lora": json.loads(lora.to_json()), "data_sha256": _digest(examples, held_out)}
+    digest = _digest(examples, held_out)
+    devices.same_everywhere("The training data", digest)
+    metadata: dict[str, Any] = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
     if weights:
         base = load()
         metadata["base"] = fingerprint(base.params)
         base = adapt_run(run, base)
         if lora.init != "default":
-            metadata["start"] = _start_digest(base.params)
+            metadata["start"] = start_digest(base.params)
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
 def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitResult:
-    run, lora = job.run, job.lora
+    run, lora, mesh = job.run, job.lora, job.base.mesh
     tx, schedule = make_optimizer(run, lora, job.steps)
     trainable, frozen = jlora.split(job.base.params, lora)
-    # Copies, because the state is donated and the originals answer the "before" of samples.md.
-    state = train.init_state(jax.tree.map(jnp.copy, trainable), tx)
+    state = _fresh_state(trainable, tx, mesh)
     progress = train.Progress()
     restored = checkpoints.restore(state, expect=job.metadata)
     if restored is not None:
@@ -317,16 +289,27 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
         progress = train.Progress(**restored.metadata["progress"])
         say(f"Resuming at step {restored.step} of {job.steps}.")
     loss_fn = make_loss(job.base, lora, chunk_tokens=run.train.head_chunk_tokens)
+    place = devices.put_rows(mesh, leading=1)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(job.steps)), np.float64)
-    log = report.MetricsLog(
-        run.folder / "metrics.jsonl", resume_at=None if restored is None else restored.step
-    )
-    with (
-        contextlib.closing(log),
-        report.ProgressReport(job.steps, start=progress.step) as shown,
-        process.StopSignal(shown.say) as stop,
-        _explained(checkpoints),
-    ):
+    resumed_at = None if restored is None else restored.step
+    with contextlib.ExitStack() as stack:
+        shown: list[Any] = []
+        if devices.is_first():
+            log = report.MetricsLog(run.folder / "metrics.jsonl", resume_at=resumed_at)
+            shown = [stack.enter_context(contextlib.closing(log))]
+            shown.append(stack.enter_context(report.ProgressReport(job.steps, start=progress.step)))
+        speak = shown[-1].say if shown else say
+        stop = stack.enter_context(process.StopSignal(speak, agreed=devices.stop_together()))
+        watchdog = stack.enter_context(process.Watchdog(_whisper))
+        profile = devices.Profile(run.folder / "profile", run.train.profile)
+        stack.enter_context(contextlib.closing(profile))
+
+        def before_step(step: int) -> bool:
+            watchdog(step)
+            profile(step)
+            return stop(step)
+
+        stack.enter_context(_explained(checkpoints))
         return train.fit(
             state,
             frozen,
@@ -342,11 +325,23 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
             checkpoints=checkpoints,
             save_every=run.checkpoint.every,
             metadata=job.metadata,
-            callbacks=(log, shown),
+            callbacks=shown,
             learning_rate=lambda step: float(rates[step]),
             count_tokens=lambda batch: int(np.count_nonzero(batch["segment_ids"])),
-            should_stop=stop,
+            place=place,
+            should_stop=before_step,
         )
+
+
+def _fresh_state(trainable: Any, tx: Any, mesh: Any) -> train.TrainState:
+    """The state before the first step, beside the weights."""
+    make = functools.partial(train.init_state, tx=tx)
+    # Copies, because the state is donated and the originals answer the "before" of samples.md.
+    if mesh is None:
+        return make(jax.tree.map(jnp.copy, trainable))
+    where = jax.tree.map(lambda x: x.sharding, trainable)
+    where = train.state_shardings(jax.eval_shape(make, trainable), where, tx, mesh)
+    return jax.jit(make, out_shardings=where)(trainable)
 
 
 @contextlib.contextmanager
@@ -377,7 +372,8 @@ def _evaluation(job: _Job, loss_fn: train.LossFn, frozen: Any) -> Callable[[Any]
     )
     batches = list(held_out.epoch())[: job.run.eval.batches]
     eval_step = train.make_eval_step(loss_fn)
-    return lambda trainable: train.evaluate(eval_step, trainable, frozen, batches)
+    place = devices.put_rows(job.base.mesh)
+    return lambda trainable: train.evaluate(eval_step, trainable, frozen, map(place, batches))
 
 
 def _choose(
@@ -392,7 +388,9 @@ def _choose(
     if not best:
         say("No evaluation was better than the one before training; keeping the last step.")
         return result.state.trainable
-    template = jax.eval_shape(lambda: result.state)
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), result.state
+    )
     restored = checkpoints.restore(template, step=best)
     assert restored is not None
     say(f"Taking the adapter of step {best}, the best on held-out rows.")
@@ -403,26 +401,10 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
     """Writes what a run leaves; result.json last, which marks it finished."""
     run, folder, progress = job.run, job.run.folder, result.progress
     _, frozen = jlora.split(job.base.params, job.lora)
-    trained = jlora.combine(trainable, frozen)
-    adapter, lora = trained, job.lora
-    if lora.init != "default":  # of weights, only the shapes matter here
-        initial = job.base.params
-        adapter, lora = jlora.variants.to_plain_lora(initial, trained, lora, base=initial)
-    peft.save(
-        folder / "adapter",
-        adapter,
-        lora,
-        base_model=run.model.path,
-        revision=models.revision(run.model.path),
-        base=job.metadata["base"],
-    )
-    if job.base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
-        for name, text in job.base.tokenizer_files.items():
-            report.write_text(folder / "adapter" / name, text)
-    lines = list(report.read_metrics(folder / "metrics.jsonl"))
-    report.plot_losses(folder / "loss.png", lines, title=run.name)
+    samples = []
     if run.eval.samples and job.held_out:
-        _write_samples(job, trained)
+        samples = _samples(job, jlora.combine(trainable, frozen))
+    trained = jlora.combine(devices.to_host(trainable), frozen)
     outcome = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -432,11 +414,38 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
         "best_step": progress.best_step,
         "adapter": str(folder / "adapter"),
     }
-    report.write_text(folder / "result.json", json.dumps(outcome, indent=2) + "\n")
+
+    def write() -> None:
+        adapter, lora = trained, job.lora
+        if lora.init != "default":  # of weights, only the shapes matter here
+            initial = job.base.params
+            adapter, lora = jlora.variants.to_plain_lora(initial, trained, lora, base=initial)
+        peft.save(
+            folder / "adapter",
+            adapter,
+            lora,
+            base_model=run.model.path,
+            revision=models.revision(run.model.path),
+            base=job.metadata["base"],
+        )
+        if job.base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
+            for name, text in job.base.tokenizer_files.items():
+                report.write_text(folder / "adapter" / name, text)
+        lines = list(report.read_metrics(folder / "metrics.jsonl"))
+        report.plot_losses(folder / "loss.png", lines, title=run.name)
+        if samples:
+            note = (
+                f"Held-out prompts that training never saw, answered greedily by {run.model.path} "
+                f"and by the same model with the adapter of this run ({job.steps} steps)."
+            )
+            report.write_samples(folder / "samples.md", samples, note=note)
+        report.write_text(folder / "result.json", json.dumps(outcome, indent=2) + "\n")
+
+    devices.from_first(write)
     say(f"Done: {_outcome(outcome)}.")
 
 
-def _write_samples(job: _Job, trained: Any) -> None:
+def _samples(job: _Job, trained: Any) -> list[report.Sample]:
     """Answers greedily with fresh adapters, which is the base, and with the trained ones."""
     tokenizer, count = job.base.tokenizer, job.run.eval.samples
     chosen = job.held_out[:: max(1, len(job.held_out) // count)][:count]
@@ -455,7 +464,7 @@ def _write_samples(job: _Job, trained: Any) -> None:
         )
         for params in (job.base.params, trained)
     )
-    samples = [
+    return [
         report.Sample(
             prompt=tokenizer.decode(prompts[i]),
             reference=tokenizer.decode(chosen[i].tokens[cuts[i] :].tolist()),
@@ -464,11 +473,6 @@ def _write_samples(job: _Job, trained: Any) -> None:
         )
         for i in range(len(chosen))
     ]
-    note = (
-        f"Held-out prompts that training never saw, answered greedily by {job.run.model.path} and "
-        f"by the same model with the adapter of this run ({job.steps} steps)."
-    )
-    report.write_samples(job.run.folder / "samples.md", samples, note=note)
 
 
 def _prompt_length(example: data.Example) -> int:

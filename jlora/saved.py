@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import checkpoint, config, peft, train
+from jlora import checkpoint, config, models, peft, report, train
 from jlora.base import Base, load_base
 from jlora.fingerprint import check_base
+from jlora.fresh import adapt_run, lora_config, read_originals
 from jlora.merging import MergeError
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
-from jlora.run import adapt_run, lora_config, make_optimizer, read_originals
+from jlora.run import make_optimizer
 from jlora.targets import leaves_by_path
 
-__all__ = ["is_run", "load_run", "load_to_merge", "merge_report"]
+__all__ = ["export", "is_run", "load_run", "load_to_merge", "merge_report"]
 
 Say = Callable[[str], None]
 
@@ -104,6 +105,28 @@ def _restore(
         raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
     say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
     return restored
+
+
+def export(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    say: Say,
+    *,
+    other_base: bool = False,
+) -> None:
+    """Writes a run's adapter as a PEFT folder, with the tokenizer beside it if tokens were added.
+
+    Args:
+      folder: of the run.
+      output: the folder to write.
+      say: as in `load_run`.
+      other_base: as in `load_run`.
+    """
+    loaded, lora = load_run(folder, say, plain=True, other_base=other_base)
+    revision = models.revision(loaded.name)
+    peft.save(output, loaded.params, lora, base_model=loaded.name, revision=revision)
+    for name, text in loaded.tokenizer_files.items() if loaded.new_tokens else ():
+        report.write_text(Path(output) / name, text)
 
 
 def load_to_merge(

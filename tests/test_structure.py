@@ -17,12 +17,13 @@ ORDER = [
     "summary", "variants", "measured", "factors", "alignment", "extraction", "arithmetic", "optim",
     "sharding",
     "models.remat", "models.attention", "models.rotary", "models.decoder_config", "models.cache",
-    "models.layers", "models.moe", "models.decoder", "models.weights", "models.bnb",
-    "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
-    "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
-    "fingerprint", "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat",
+    "models.layers", "models.moe", "models.decoder", "models.slices", "models.weights",
+    "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names",
+    "models.hf", "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub",
+    "models", "fingerprint", "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat",
     "tokens", "packing", "data", "docstrings", "losses", "train", "objective", "generate", "bench",
-    "plan", "base", "config", "report", "process", "run", "saved", "cli",
+    "plan", "base", "config", "report", "process", "devices", "fresh", "run",
+    "saved", "cli",
 ]
 # fmt: on
 
