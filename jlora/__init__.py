@@ -52,8 +52,10 @@ _MODULES = (
     "config",
     "data",
     "docstrings",
+    "fingerprint",
     "generate",
     "losses",
+    "measured",
     "models",
     "objective",
     "optim",
@@ -61,6 +63,7 @@ _MODULES = (
     "quant",
     "report",
     "sharding",
+    "tokens",
     "train",
 )
 

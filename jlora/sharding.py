@@ -24,6 +24,7 @@ from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray
 from jlora.packed import num_parts
 from jlora.quant import QuantArray, placements
+from jlora.rows import RowsArray
 from jlora.tree import Pattern
 
 __all__ = [
@@ -246,12 +247,14 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
     """
 
     def extend(leaf: Any, sharding: NamedSharding) -> Any:
-        if not isinstance(leaf, LoraArray | QuantArray):
+        if not isinstance(leaf, LoraArray | QuantArray | RowsArray):
             return jax.tree.map(lambda _: sharding, leaf)
         if not isinstance(sharding, NamedSharding):
             raise ValueError(f"Adapters follow NamedShardings of the base, got a {sharding}.")
         if isinstance(leaf, QuantArray):
             return placements(leaf, sharding)
+        if isinstance(leaf, RowsArray):
+            return leaf.placements(sharding)
         roles = leaf.roles
         places = [*sharding.spec, *[None] * (len(roles) - len(sharding.spec))]
 

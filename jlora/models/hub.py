@@ -15,7 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "revision"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Never *.bin or *.pt: those are pickles, programs that run when they are read.
@@ -87,6 +87,11 @@ def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
             "Face hub such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
         )
     return _by_name(name)
+
+
+def revision(path: Path) -> str:
+    """The commit that a folder of the Hugging Face cache holds; empty for other files."""
+    return path.name if path.parent.name == "snapshots" else ""
 
 
 def _by_name(name: str) -> Path:
