@@ -130,8 +130,9 @@ def merge_error(
     leaves = leaves_by_path(params)
     originals = None if base is None else leaves_by_path(base)
     for path, leaf in leaves.items():
-        if originals is not None and getattr(originals.get(path), "shape", None) != leaf.shape:
-            raise ValueError(f"base has no weight of shape {leaf.shape} at {path!r}.")
+        shape = getattr(leaf, "shape", None)
+        if originals is not None and getattr(originals.get(path), "shape", None) != shape:
+            raise ValueError(f"base has no weight of shape {shape} at {path!r}.")
     adapted = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoraArray)}
     if not adapted:
         raise ValueError("This tree has no adapters to merge. Call jlora.init first.")

@@ -120,7 +120,8 @@ class QuantArray(ArrayLeaf):
 
     def materialise(self) -> jax.Array:
         """The dense weight."""
-        return matrices_to_weight(self.unpack(), self.shape, self._roles()[0])
+        array = _frozen(self, self.name())
+        return matrices_to_weight(array.unpack(), array.shape, array._roles()[0])
 
     def divisible(self) -> "QuantArray":
         """The leaf in a form whose arrays can be cut into parts that stand alone."""

@@ -5,6 +5,7 @@ on such a tree, `init` puts adapters on top. What a function does with a leaf is
 `packed_rules.py`, the arithmetic of NF4 in `nf4.py`.
 """
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("jlora")
+# Last parts of an embedding's path in Flax, Haiku and Equinox, and its names in usual models.
+_EMBEDDING = re.compile(r"\w*embed\w*|w[tp]e|emb", re.IGNORECASE)
 Format = Literal["nf4", "int8", "float8"]
 
 
@@ -264,7 +267,7 @@ def quantize(
       fmt: `"nf4"` (arXiv:2305.14314; 64 elements share a scale), `"int8"` or `"float8"` (one scale
         for each output channel).
       targets: patterns of the weights, as in `LoraConfig`. `"all-linear"` is what `fn` only uses in
-        matrix products; without `fn`, every matrix but embeddings.
+        matrix products; without `fn`, every matrix but those that are embeddings by their name.
       exclude: patterns of weights to leave as they are, whatever `targets` says.
       double_quantize: whether the scales of NF4 are quantised to eight bits as well.
       axes: roles of axes where no function is given, as in `LoraConfig`.
@@ -277,7 +280,8 @@ def quantize(
       The tree with a leaf of `Format` in place of each chosen weight.
 
     Raises:
-      ValueError: if a pattern matches nothing, a target is no weight, or its axes are unknown.
+      ValueError: if a pattern matches nothing, a target is no weight or empty, its axes are
+        unknown, or it holds NaN or infinite elements, which is not looked for under `jit`.
 
     >>> packed = quantize({"w": jnp.ones((128, 32))}, "nf4")
     """
@@ -291,6 +295,8 @@ def quantize(
         config = dataclasses.replace(config, targets=(*others, *_matrices(leaves, config)))
     roles = choose(leaves, config, uses)
     for path in roles:
+        if 0 in leaves[path].shape:
+            raise ValueError(f"{path!r} of shape {leaves[path].shape} has no elements.")
         if is_array_leaf(leaves[path]):
             raise ValueError(
                 f"{path!r} is a {type(leaves[path]).__name__} already. Quantise plain weights, and "
@@ -300,6 +306,7 @@ def quantize(
             # Rows are looked up whole, so blocks run along them.
             swapped: dict[str, Axis] = {"in": "out", "out": "in", "stack": "stack"}
             roles[path] = tuple(swapped[role] for role in roles[path])
+    uses_left = collections.Counter(id(leaves[path]) for path in leaves)
 
     def pack(path: str, leaf: Any) -> Any:
         if path not in roles:
@@ -310,7 +317,15 @@ def quantize(
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.eval_shape(compiled, leaf)
         packed = compiled(leaf)
-        if donate and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(leaf, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+            return packed
+        if not _is_finite(leaf):
+            raise ValueError(
+                f"{path!r} holds NaN or infinite elements: a scale for many elements cannot store "
+                "them. Look where the weights come from."
+            )
+        uses_left[id(leaf)] -= 1
+        if donate and isinstance(leaf, jax.Array) and not uses_left[id(leaf)]:
             jax.block_until_ready(packed)
             leaf.delete()
         return packed
@@ -318,15 +333,21 @@ def quantize(
     return tree.map_with_path(pack, params, is_leaf=is_array_leaf)
 
 
+@jax.jit
+def _is_finite(w: jax.Array) -> jax.Array:
+    return jnp.isfinite(w).all()
+
+
 def _matrices(leaves: Mapping[str, Any], config: LoraConfig) -> list[re.Pattern[str]]:
     """Patterns of the leaves that look like matrices of products where no function says."""
-    not_products = {"embedding", "bias", "scale"}
+    not_products = {"bias", "scale"}
     found = [
         path
         for path, leaf in leaves.items()
         if len(getattr(leaf, "shape", ())) >= 2
         and jnp.issubdtype(leaf.dtype, jnp.floating)
         and path.split("/")[-1] not in not_products
+        and not any(map(_EMBEDDING.fullmatch, path.split("/")[-2:]))
     ]
     if not found:
         raise ValueError("targets='all-linear' found nothing: the tree has no matrices.")
@@ -339,13 +360,22 @@ def dequantize(params: Any, *, dtype: Any = None) -> Any:
     Args:
       params: a tree with leaves of `quantize`.
       dtype: of the dense weights; by default that of the weights that were quantised.
+
+    Raises:
+      ValueError: if `dtype` is no floating-point type.
+      TypeError: if a gradient with respect to a quantised weight is asked for.
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"Weights are of floating point, got dtype={jnp.dtype(dtype).name}.")
 
     def unpack(leaf: Any) -> Any:
         if not isinstance(leaf, QuantArray):
             return leaf
         dtype_name = leaf.dtype_name if dtype is None else jnp.dtype(dtype).name
-        return dataclasses.replace(leaf, dtype_name=dtype_name).materialise()
+        leaf = dataclasses.replace(leaf, dtype_name=dtype_name)
+        if isinstance(leaf.codes, jax.ShapeDtypeStruct):
+            return jax.eval_shape(type(leaf).materialise, leaf)
+        return leaf.materialise()
 
     return jax.tree.map(unpack, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
 

@@ -185,6 +185,8 @@ def merge_report(folder: str | os.PathLike[str], params: Any, layers: int) -> st
     """
     fmt = config.load(Path(folder) / "config.yaml").model.quantize
     is_packed = _has_packed(params)
+    if layers < 0:
+        raise ValueError(f"--error-layers must be at least 0, got {layers}.")
     if layers < 1 or not (fmt or is_packed):
         return None
     rows = []

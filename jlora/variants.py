@@ -87,6 +87,12 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
             )
     if base is None:
         raise ValueError("LoftQ needs the weights before they were quantised: pass base=.")
+    for path, leaf in leaves_by_path(base).items():
+        if isinstance(leaf, QuantArray):
+            raise ValueError(
+                f"LoftQ starts from what quantising lost, and {path!r} of base is quantised "
+                "itself: pass the weights as they were before jlora.quantize."
+            )
     return _restart(params, base, None, None, iterations, quantise_first=True)
 
 

@@ -120,7 +120,8 @@ def test_targets_exclude_and_uses_decide_what_is_quantised():
 
 def test_a_plain_tree_without_a_function_gives_its_matrices():
     params = {"w": jnp.ones((64, 8)), "bias": jnp.ones((3, 8)), "scale": jnp.ones(8),
-              "t": {"embedding": jnp.ones((9, 8))}, "ids": jnp.ones((3, 3), jnp.int32)}  # fmt: skip
+              "t": {"embedding": jnp.ones((9, 8))}, "embed": {"embeddings": jnp.ones((9, 8))},
+              "wte": {"weight": jnp.ones((9, 8))}, "ids": jnp.ones((3, 3), jnp.int32)}  # fmt: skip
     packed = jlora.quantize(params)
     assert is_packed(packed["w"])
     assert len(packed_leaves(packed)) == 1
@@ -172,6 +173,14 @@ def test_8_bit_formats_are_the_nearest_code_of_a_scale_for_each_output():
     assert not np.any(jlora.dequantize(float8)[:, 3])
 
 
+def test_shapes_are_dequantised_as_shapes():
+    shapes = {"w": jax.ShapeDtypeStruct((64, 8), jnp.bfloat16)}
+    dense = jlora.dequantize(jlora.quantize(shapes))["w"]
+    assert (dense.shape, dense.dtype) == ((64, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match="int8"):
+        jlora.dequantize({"w": jnp.ones(3)}, dtype=jnp.int8)
+
+
 def test_dequantize_gives_the_asked_dtype_from_one_rounding():
     params = draw({"w": jax.ShapeDtypeStruct((128, 24), jnp.bfloat16)})
     packed = jlora.quantize(params)
@@ -206,6 +215,11 @@ def test_donated_weights_are_freed_one_by_one():
     assert all(x.is_deleted() for x in jax.tree.leaves(params))
     with pytest.raises(RuntimeError, match="deleted"):
         params["0"].sum()
+    w = jnp.ones((64, 64))
+    jlora.quantize({"embedding": w, "head": w}, donate=True)
+    assert not w.is_deleted()  # the embedding, which stays as it is
+    jlora.quantize({"head": w, "copy": w}, donate=True)
+    assert w.is_deleted()
     kept = draw(shapes)
     jlora.quantize(kept)
     assert not any(x.is_deleted() for x in jax.tree.leaves(kept))
@@ -226,6 +240,9 @@ STACK = jax.ShapeDtypeStruct((3, 64, 8), jnp.float32)
         ({"w": STACK}, {"targets": "w", "axes": {"w": ("in", "out")}}, "names 2 axes"),
         ({"w": 3.0}, {"targets": "w"}, "float"),
         ({}, {"targets": "w"}, "no leaves"),
+        ({"w": jnp.ones((8, 8)).at[1, 2].set(jnp.nan)}, {}, "'w' holds NaN or infinite"),
+        ({"w": jnp.ones((64, 8)).at[1, 2].set(-jnp.inf)}, {"fmt": "int8"}, "'w' holds NaN or inf"),
+        ({"w": jnp.ones((32, 0))}, {"targets": "w"}, "has no elements"),
     ],
 )
 def test_mistakes_get_one_clear_message(params, options, message):
@@ -420,6 +437,14 @@ def test_the_gradient_of_a_quantised_weight_is_refused(fmt):
         "dense": lambda p: jnp.sum(jnp.sin(p["w"])),
         "stopped": lambda p: jnp.sum(jnp.ones((2, 64)) @ jax.lax.stop_gradient(p["w"])),
     }
+    for restore in (jlora.dequantize, jlora.merge_params):
+        for tree in (params, adapted):
+            with pytest.raises(TypeError, match="has no gradient"):
+                jax.grad(lambda p: restore(p)["w"].sum(), allow_int=True)(tree)  # noqa: B023
+    with pytest.raises(TypeError, match="has no gradient"):  # would be that of the scales alone
+        jax.grad(lambda w: jlora.dequantize(jlora.quantize({"w": w}, fmt))["w"].sum())(
+            jnp.ones((64, 8))
+        )
     for fn in uses.values():
         forward = jlora.adapt(fn, on_unsupported="allow")
         for tree in (params, adapted):
