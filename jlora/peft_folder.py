@@ -181,7 +181,7 @@ def write(
 
 
 def _serialised(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose bytes are the same each time: the library's metadata has no order."""
+    """A safetensors file of the same bytes each time; the library gives metadata no order."""
     data = safetensors.numpy.save(dict(tensors), metadata=dict(metadata))
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
