@@ -57,6 +57,7 @@ _MODULES = (
     "losses",
     "measured",
     "models",
+    "objective",
     "optim",
     "peft",
     "quant",

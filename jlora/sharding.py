@@ -116,12 +116,16 @@ class Activations:
         Args:
           kind: `"stream"` and `"inputs"` are `[batch length d]`, between layers and as projections
             take them; `"heads"` `[batch length heads head_dim]`, `"units"` `[batch length units]`,
-            `"logits"` `[batch ... vocab]`.
+            `"logits"` `[batch ... vocab]`. `"columns"` and `"rows"` are kernels `[... d_in d_out]`
+            as products take them, with the axis cut that counts heads or units.
           shape: of the array.
         """
-        rows, middle = AXES[:2], [None] * (len(shape) - 2)
-        places: list[Any] = [rows, *middle, None]
+        places: list[Any] = [AXES[:2], *[None] * (len(shape) - 1)]
         match kind:
+            case "columns":
+                places = [None] * (len(shape) - 1) + ["tensor"]
+            case "rows":
+                places = [None] * (len(shape) - 2) + ["tensor", None]
             case "stream":
                 places[1] = "tensor" if self.sequence else None
             case "heads":
