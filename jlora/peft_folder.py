@@ -157,7 +157,7 @@ def write(
     metadata = {"format": "pt"} | ({_BASE: json.dumps(base)} if base else {})
     contents = {
         "README.md": _model_card(settings, base_license).encode(),
-        WEIGHTS: safetensors.numpy.save(prefixed, metadata=metadata),
+        WEIGHTS: _serialised(prefixed, metadata),
         CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
     }
     if folder.exists() and not folder.is_dir():
@@ -178,6 +178,18 @@ def write(
             os.replace(staging / name, folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _serialised(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of the same bytes each time; the library gives metadata no order."""
+    data = safetensors.numpy.save(dict(tensors), metadata=dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    ordered = {"__metadata__": dict(metadata)}
+    ordered |= {name: value for name, value in header.items() if name != "__metadata__"}
+    text = json.dumps(ordered, separators=(",", ":")).encode()
+    text = text.ljust(-len(text) % 8 + len(text))
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 _CARD = """---

@@ -191,7 +191,7 @@ def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
 
 @rule(RowsArray, "dot_general")
 def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
-    """A product with the weight, and one with the rows that is put in its place."""
+    """A product with the weight, and one with the change of the rows that is added to it."""
     (left_summed, right_summed), (left_batch, _) = equation.params["dimension_numbers"]
     leaf, x = (left, right) if isinstance(left, RowsArray) else (right, left)
     w_summed, x_summed = (
@@ -205,12 +205,13 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     def multiply(w: Any, x: Any) -> jax.Array:
         return equation.bind(*((w, x) if leaf is left else (x, w)))
 
-    base, rows = multiply(leaf.w, x), leaf.rows.astype(leaf.dtype)
+    # The rows' change, not the rows: a fresh one is zero, and then no bit of the product changes.
+    first = jnp.moveaxis(leaf.w, leaf.axis, 0)[np.asarray(leaf.indices)].astype(leaf.rows.dtype)
+    change = (leaf.rows - lax.stop_gradient(first)).astype(leaf.dtype)
+    change = jnp.moveaxis(change, 0, leaf.axis)
+    base = multiply(leaf.w, x)
     if w_summed[0] == leaf.axis:  # the rows meet the input
-        picked = jnp.moveaxis(leaf.w, leaf.axis, 0)[np.asarray(leaf.indices)]
-        change = jnp.moveaxis(rows - lax.stop_gradient(picked), 0, leaf.axis)
         return base + multiply(change, x[leaf._place(x_summed[0], x.ndim)])
-    own = multiply(jnp.moveaxis(rows, 0, leaf.axis), x)
-    axis = 0 if leaf is left else base.ndim - 1
-    place = leaf._place(axis, base.ndim)
-    return base.at[place].set(own, indices_are_sorted=True, unique_indices=True)
+    place = leaf._place(0 if leaf is left else base.ndim - 1, base.ndim)
+    own = multiply(change, x)
+    return base.at[place].add(own, indices_are_sorted=True, unique_indices=True)

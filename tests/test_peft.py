@@ -317,7 +317,10 @@ def test_what_is_saved_to_serve_has_one_rank_and_computes_the_same(name, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("dora", "no DoRA.*jlora.merge_params"), ("norms whole", "trained whole.*jlora.merge_params")],
+    [
+        ("dora", "no DoRA.*jlora.merge_params"),
+        ("norms whole", "no trained weight.*jlora.merge_params"),
+    ],
 )
 def test_what_vllm_does_not_take_is_not_saved_to_serve(name, message, tmp_path):
     config, overrides = CONFIGS[name]
@@ -363,6 +366,8 @@ def test_the_config_names_exactly_what_was_adapted(tmp_path):
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "target_modules": ["q_proj"],
+        "target_parameters": None,
+        "trainable_token_indices": None,
         "modules_to_save": ["lm_head", "model.norm", "post_attention_layernorm"],
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -437,7 +442,9 @@ def write_tensors(folder, tensors):
         ({"layers_to_transform": "0"}, ValueError, "layers_to_transform must be a layer's number"),
         ({"lora_bias": True}, NotImplementedError, "lora_bias=True"),
         ({"bias": "some"}, ValueError, "bias must be 'none', 'all' or 'lora_only'"),
-        ({"trainable_token_indices": [1]}, NotImplementedError, "trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, ValueError, "Missing.*trainable_tokens_delta"),
+        ({"trainable_token_indices": "1"}, ValueError, "must be a list of rows"),
+        ({"target_parameters": "x"}, ValueError, "target_parameters must be a list"),
         ({"init_lora_weights": "pissa"}, NotImplementedError, "pissa.*base model"),
         ({"of_tomorrow": 3}, NotImplementedError, "of_tomorrow=3"),
         ({"r": 0}, ValueError, "r must be whole and at least 1, got 0"),

@@ -72,7 +72,8 @@ def test_adapted_equals_merged_with_gradients(use):
     x = jax.random.normal(jax.random.key(2), (5, 8))
     policy = "allow" if use == "nothing low-rank" else "error"
     run = jlora.adapt(lambda p, x: fn(p[name], x @ p["q"]), on_unsupported=policy)
-    np.testing.assert_array_equal(run(params, x), fn(base[name], x))
+    with jax.disable_jit():  # operation by operation
+        np.testing.assert_array_equal(run(params, x), fn(base[name], x))
     params = train(params)
 
     def loss(forward):
