@@ -20,8 +20,8 @@ ORDER = [
     "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
     "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
     "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
-    "docstrings", "losses", "train", "objective", "generate", "bench", "plan", "base", "config",
-    "report", "process", "run", "saved", "cli",
+    "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes", "bench", "base",
+    "dialogue", "config", "report", "process", "run", "saved", "hlo", "plan", "cli",
 ]
 # fmt: on
 

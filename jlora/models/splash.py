@@ -175,10 +175,9 @@ def _kernel(shape: _Shape, *, save_residuals: bool) -> Any:
     else:
         mask = masks.LocalMask(square, (shape.window - 1, 0), offset=0)
     size = next(size for size in (512, 256, 128) if shape.length % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     return kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * shape.heads),
-        block_sizes=kernels.BlockSizes(**{f"block_{name}": size for name in names}),
+        block_sizes=kernels.BlockSizes(size, size, size, size, size, size, size, size),
         head_shards=1,
         q_seq_shards=1,
         save_residuals=save_residuals,
