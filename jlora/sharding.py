@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ __all__ = [
     "batch_sharding",
     "follow",
     "make_mesh",
+    "placement",
     "shardings",
 ]
 
@@ -200,8 +201,22 @@ def shardings(params: Any, mesh: Mesh, rules: Rules, *, replicate: bool = False)
       ValueError: if a leaf matches no rule, or a spec names an axis that the mesh does not have.
     """
 
-    def place(path: str, leaf: Any) -> Any:
-        shape = tuple(getattr(leaf, "shape", ()))
+    place = placement(mesh, rules)
+    base = tree.map_with_path(
+        lambda path, leaf: place(path, tuple(getattr(leaf, "shape", ()))),
+        params,
+        is_leaf=is_array_leaf,
+    )
+    return follow(params, base, replicate=replicate)
+
+
+def placement(mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """The NamedSharding of a weight by its path and shape, as `models.load` takes it.
+
+    The function raises and warns as `shardings` does.
+    """
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next((spec for pattern, spec in rules if tree.matches(pattern, path)), None)
         if spec is None:
             raise ValueError(
@@ -210,8 +225,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules, *, replicate: bool = False)
             )
         return NamedSharding(mesh, _fit(path, shape, spec, mesh))
 
-    base = tree.map_with_path(place, params, is_leaf=is_array_leaf)
-    return follow(params, base, replicate=replicate)
+    return place
 
 
 def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:

@@ -21,7 +21,7 @@ ORDER = [
     "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
     "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
     "docstrings", "losses", "train", "objective", "generate", "bench", "plan", "base", "config",
-    "report", "process", "run", "saved", "cli",
+    "report", "process", "devices", "run", "saved", "cli",
 ]
 # fmt: on
 
