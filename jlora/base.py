@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import jlora
-from jlora import chat, models
+from jlora import chat, models, sharding, tree
+from jlora.leaf import is_array_leaf
 from jlora.models import decoder
 from jlora.quant import Format
 
@@ -29,12 +31,14 @@ class Base:
       model: a `Decoder`.
       params: its weights; with adapters in place after `adapt_base`.
       tokenizer: its tokenizer.
+      mesh: that the weights lie on; None for the default device.
     """
 
     name: str
     model: Any
     params: Any
     tokenizer: chat.Tokenizer
+    mesh: Mesh | None = None
 
     def apply(self, params: Any, tokens: jax.Array, **kwargs: Any) -> Any:
         """The model's logits; knows nothing of adapters and of quantised weights."""
@@ -82,6 +86,7 @@ def load_base(
     cache: bool = False,
     tokenizer: chat.Tokenizer | None = None,
     weights: bool = True,
+    mesh: Mesh | None = None,
 ) -> Base:
     """Loads a model and its tokenizer.
 
@@ -96,20 +101,44 @@ def load_base(
       tokenizer: if it is there already.
       weights: False gives `ShapeDtypeStruct`s, to look at a model larger than this machine's
         memory.
+      mesh: to spread the weights over by `sharding.DECODER_RULES`, and the activations.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if weights:
         folder = cache_folder() / "packed" if cache else None
-        model, params = models.load(name, dtype=dtype, quantize=quantize, cache=folder)
+        place = None if mesh is None else sharding.placement(mesh, sharding.DECODER_RULES)
+        model, params = models.load(
+            name, dtype=dtype, quantize=quantize, sharding=place, cache=folder
+        )
     else:
         model, params = models.shapes(name, dtype=dtype, quantize=quantize)
-    model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll))
-    return Base(name, model, params, tokenizer or load_tokenizer(name))
+    options = {} if mesh is None else {"place": sharding.Activations(mesh)}
+    model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll), **options)
+    return Base(name, model, params, tokenizer or load_tokenizer(name), mesh)
 
 
 def adapt_base(base: Base, lora: jlora.LoraConfig, key: jax.Array) -> Base:
-    """Puts fresh adapters into the weights."""
+    """Puts fresh adapters into the weights, on a mesh each beside its weight."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    params = jlora.init(key, base.params, lora, fn=base.apply, args=(tokens,))
-    return dataclasses.replace(base, params=params)
+    init = functools.partial(jlora.init, config=lora, fn=base.apply, args=(tokens,))
+    leaves = jax.tree.leaves(base.params)
+    if base.mesh is None or isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return dataclasses.replace(base, params=init(key, base.params))
+    adapted = jax.eval_shape(init, key, base.params)
+    where = sharding.shardings(adapted, base.mesh, sharding.DECODER_RULES)
+
+    def half(values: Any) -> Any:
+        names = jlora.labels(adapted, lora)
+        return jax.tree.map(lambda name, x: None if name == "frozen" else x, names, values)
+
+    # Weights go in and do not come out, or the program would copy them.
+    make = jax.jit(lambda key, params: half(init(key, params)), out_shardings=half(where))
+
+    def without_adapter(path: str, leaf: Any, weight: Any) -> Any:
+        if isinstance(leaf, jlora.LoraArray):
+            return dataclasses.replace(leaf, w=weight, **dict.fromkeys(leaf.arrays))
+        return None if any(tree.matches(pattern, path) for pattern in lora.train) else weight
+
+    frozen = tree.map_with_path(without_adapter, adapted, base.params, is_leaf=is_array_leaf)
+    return dataclasses.replace(base, params=tree.combine(make(key, base.params), frozen))

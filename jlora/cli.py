@@ -266,7 +266,9 @@ def _train(args: argparse.Namespace) -> None:
     from jlora import run as runs
 
     _set_up_process()
-    runs.run_training(run, _say)
+    import jax
+
+    runs.run_training(run, _say, jax.devices())
 
 
 def _inspect(args: argparse.Namespace) -> None:

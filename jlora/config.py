@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import pydantic_core
@@ -27,6 +27,16 @@ class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def _parts(size: int) -> int:
+    if size < 1 and size != -1:
+        expected = "at least 1, or -1 for what the other axes leave"
+        raise pydantic_core.PydanticCustomError("parts", "{text}", {"text": expected})
+    return size
+
+
+_Parts = Annotated[int, pydantic.AfterValidator(_parts)]
 
 
 def _remat(name: str) -> str:
@@ -183,6 +193,20 @@ class CheckpointConfig(_Section):
     keep: _Count = 3
 
 
+class MeshConfig(_Section):
+    """How all devices, of all processes, are laid out; one size may be -1, for what is left.
+
+    Attributes:
+      data: copies of the model; each takes its part of a batch's rows.
+      fsdp: parts of every weight, gathered when needed; each takes its part of the rows as well.
+      tensor: parts of heads and hidden units, computed each in its place.
+    """
+
+    data: _Parts = 1
+    fsdp: _Parts = -1
+    tensor: _Parts = 1
+
+
 class RunConfig(_Section):
     """A whole run.
 
@@ -190,6 +214,7 @@ class RunConfig(_Section):
       name: of the run's folder below `output`.
       output: the folder of runs.
       seed: of the adapters' start, the order of the data, the held-out rows and dropout.
+      mesh: the devices to use; null for one, or with several processes for `fsdp` over all.
       model: the base.
       data: what to train on.
       lora: what to adapt.
@@ -202,6 +227,7 @@ class RunConfig(_Section):
     name: Annotated[str, pydantic.Field(pattern=r"^[\w][\w.-]*$")]
     output: str = "runs"
     seed: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
+    mesh: MeshConfig | None = None
     model: ModelConfig
     data: DataConfig
     lora: LoraSection = LoraSection()
@@ -258,7 +284,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     keys = [
         key
         for key in {**before, **after}
-        if key.split(".")[0] not in ("checkpoint", "output") and key != "model.cache"
+        if key.split(".")[0] not in ("checkpoint", "mesh", "output") and key != "model.cache"
     ]
     return [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
@@ -389,9 +415,9 @@ def _near(key: str) -> str:
 def _known_keys(model: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
-            yield from _known_keys(kind, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+                yield from _known_keys(kind, f"{prefix}{name}.")
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,12 @@ __all__ = ["make_loss"]
 
 
 def make_loss(
-    model: Any, params: Any, lora: jlora.LoraConfig, *, chunk_tokens: int | None = None
+    model: Any,
+    params: Any,
+    lora: jlora.LoraConfig,
+    *,
+    chunk_tokens: int | None = None,
+    row_parts: int = 1,
 ) -> train.LossFn:
     """The loss of a micro-batch, for `train.make_train_step`.
 
@@ -22,6 +27,7 @@ def make_loss(
       lora: of the adapters.
       chunk_tokens: tokens that go through the head together; each has `vocab_size` float32 logits
         and as many gradients. By default 128 on a CPU and 1024 elsewhere.
+      row_parts: devices of a mesh that share a batch's rows, each with so many tokens.
 
     Returns:
       `loss_fn(params, batch, key) -> (loss_sum, token_count)`. A batch has `tokens`, `targets` and
@@ -47,7 +53,7 @@ def make_loss(
             hidden,
             batch["targets"],
             batch["loss_mask"],
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=chunk_tokens * row_parts,
             head_is_frozen=head_is_frozen,
             narrow_head=functools.partial(apply, dtype=hidden.dtype, method="head"),
         )

@@ -20,8 +20,8 @@ class StopSignal:
         self._seen = False
         self._previous: dict[int, Any] = {}
 
-    def __call__(self) -> bool:
-        """Whether the run is to stop."""
+    def __call__(self, step: int) -> bool:
+        """Whether the run is to stop after so many steps."""
         return self._seen
 
     def __enter__(self) -> "StopSignal":

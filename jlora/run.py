@@ -23,6 +23,7 @@ from jlora import (
     checkpoint,
     config,
     data,
+    devices,
     docstrings,
     generate,
     objective,
@@ -55,7 +56,13 @@ def make_loss(
     base: Base, lora: jlora.LoraConfig, *, chunk_tokens: int | None = None
 ) -> train.LossFn:
     """The loss of a batch as `data.Batches` gives it; `chunk_tokens` as in `objective`."""
-    return objective.make_loss(base.model, base.params, lora, chunk_tokens=chunk_tokens)
+    return objective.make_loss(
+        base.model,
+        base.params,
+        lora,
+        chunk_tokens=chunk_tokens,
+        row_parts=devices.row_parts(base.mesh),
+    )
 
 
 def make_optimizer(
@@ -142,18 +149,19 @@ class _Job:
     metadata: dict[str, Any]
 
 
-def run_training(run: config.RunConfig, say: Say) -> None:
+def run_training(run: config.RunConfig, say: Say, on: Sequence[jax.Device]) -> None:
     """Does what `jlora train` does: begins a run, resumes it, or says that it is finished.
 
     Args:
       run: from `config.load`.
       say: told what a user should know.
+      on: all devices, of all processes, for the mesh of the run.
     """
     folder = run.folder
     if _is_finished(run, say):
         return
     with process.lock(folder):
-        job = _prepare(run, say)
+        job = _prepare(run, say, on)
         config.save(folder / "config.yaml", run)
         checkpoints = checkpoint.Checkpoints(
             folder / "checkpoints", keep=run.checkpoint.keep, on_message=say
@@ -172,7 +180,7 @@ def run_training(run: config.RunConfig, say: Say) -> None:
 
 def inspect(run: config.RunConfig, say: Say) -> None:
     """Does what `jlora inspect` does: shows the data and what would train."""
-    job = _prepare(run, say, weights=False)
+    job = _prepare(run, say, (), weights=False)
     example = data.preview(job.examples[0], job.base.tokenizer)
     say(f"The first example, with what counts in the loss in \u27e6...\u27e7:\n{example}")
     tokens = run.train.batch_size * run.train.accumulation * run.data.length
@@ -207,9 +215,14 @@ def _outcome(result: dict[str, Any]) -> str:
     return f"{text}, adapter in {result['adapter']}"
 
 
-def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
+def _prepare(
+    run: config.RunConfig, say: Say, on: Sequence[jax.Device], *, weights: bool = True
+) -> _Job:
     """Everything that can be wrong is found here, the cheapest first."""
     lora = lora_config(run)
+    mesh = devices.make_mesh(None if run.mesh is None else run.mesh.model_dump(), on)
+    rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
+    devices.check_rows(mesh, rows)
     tokenizer = load_tokenizer(run.model.path)
     examples, held_out = read_data(run, tokenizer)
     batches = data.Batches(
@@ -237,6 +250,7 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
         quantize=run.model.quantize,
         cache=run.model.cache,
         tokenizer=tokenizer,
+        mesh=mesh,
     )
     # A target that matches nothing need not wait for the weights, which may take minutes.
     base = adapt_base(load(weights=False), lora, jax.random.key(run.seed))
@@ -248,11 +262,10 @@ def _prepare(run: config.RunConfig, say: Say, *, weights: bool = True) -> _Job:
 
 
 def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitResult:
-    run, lora = job.run, job.lora
+    run, lora, mesh = job.run, job.lora, job.base.mesh
     tx, schedule = make_optimizer(run, lora, job.steps)
     trainable, frozen = jlora.split(job.base.params, lora)
-    # Copies, because the state is donated and the originals answer the "before" of samples.md.
-    state = train.init_state(jax.tree.map(jnp.copy, trainable), tx)
+    state = _fresh_state(trainable, tx, mesh)
     progress = train.Progress()
     restored = checkpoints.restore(state, expect=job.metadata)
     if restored is not None:
@@ -260,6 +273,7 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
         progress = train.Progress(**restored.metadata["progress"])
         say(f"Resuming at step {restored.step} of {job.steps}.")
     loss_fn = make_loss(job.base, lora, chunk_tokens=run.train.head_chunk_tokens)
+    place = devices.put_rows(mesh, leading=1)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(job.steps)), np.float64)
     log = report.MetricsLog(
         run.folder / "metrics.jsonl", resume_at=None if restored is None else restored.step
@@ -288,8 +302,20 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
             callbacks=(log, shown),
             learning_rate=lambda step: float(rates[step]),
             count_tokens=lambda batch: int(np.count_nonzero(batch["segment_ids"])),
+            place=place,
             should_stop=stop,
         )
+
+
+def _fresh_state(trainable: Any, tx: Any, mesh: Any) -> train.TrainState:
+    """The state before the first step, beside the weights."""
+    make = functools.partial(train.init_state, tx=tx)
+    # Copies, because the state is donated and the originals answer the "before" of samples.md.
+    if mesh is None:
+        return make(jax.tree.map(jnp.copy, trainable))
+    where = jax.tree.map(lambda x: x.sharding, trainable)
+    where = train.state_shardings(jax.eval_shape(make, trainable), where, tx, mesh)
+    return jax.jit(make, out_shardings=where)(trainable)
 
 
 @contextlib.contextmanager
@@ -320,7 +346,8 @@ def _evaluation(job: _Job, loss_fn: train.LossFn, frozen: Any) -> Callable[[Any]
     )
     batches = list(held_out.epoch())[: job.run.eval.batches]
     eval_step = train.make_eval_step(loss_fn)
-    return lambda trainable: train.evaluate(eval_step, trainable, frozen, batches)
+    place = devices.put_rows(job.base.mesh)
+    return lambda trainable: train.evaluate(eval_step, trainable, frozen, batches, place=place)
 
 
 def _choose(

@@ -29,6 +29,7 @@ __all__ = [
     "learning_rate_schedule",
     "make_eval_step",
     "make_train_step",
+    "state_shardings",
 ]
 
 Batch = Any
@@ -54,6 +55,31 @@ class TrainState:
 def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step. Works on `ShapeDtypeStruct`s under `jax.eval_shape`."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
+
+
+def state_shardings(
+    state: TrainState, trainable: Any, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Where a state lies on a mesh: moments beside what they are moments of, counters everywhere.
+
+    Args:
+      state: from `init_state`, of arrays or of `ShapeDtypeStruct`s.
+      trainable: the NamedSharding of each trainable array.
+      tx: the optimizer that `state` is of.
+      mesh: that of the shardings.
+
+    Returns:
+      The state with a NamedSharding in place of each array.
+    """
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        trainable,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, trainable, opt_state)  # pyright: ignore[reportArgumentType]
 
 
 def learning_rate_schedule(
@@ -166,13 +192,15 @@ def evaluate(
     trainable: Any,
     frozen: Any,
     batches: Iterable[Batch],
+    *,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> float:
-    """The mean loss per target token, in nats, over all batches.
+    """The mean loss per target token, in nats, over all batches, each put in its `place`.
 
     Raises:
       ValueError: if the batches hold no target token.
     """
-    sums = [eval_step(trainable, frozen, batch) for batch in batches]
+    sums = [eval_step(trainable, frozen, place(batch)) for batch in batches]
     # float64 on the host: a sum over many batches in float32 would lose digits
     totals = np.asarray(jax.device_get(sums), np.float64).reshape(-1, 2).sum(axis=0)
     if totals[1] == 0:
@@ -260,7 +288,8 @@ def fit(
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     learning_rate: Callable[[int], float] | None = None,
     count_tokens: Callable[[Batch], int] = lambda batch: 0,
-    should_stop: Callable[[], bool] = lambda: False,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+    should_stop: Callable[[int], bool] = lambda step: False,
 ) -> FitResult:
     """Trains to `steps`, from wherever `state` and `progress` stand.
 
@@ -286,7 +315,8 @@ def fit(
       callbacks: each gets one dict a step, in order, with step 0 for the evaluation before.
       learning_rate: the schedule, to report its value.
       count_tokens: how many tokens of a micro-batch to report.
-      should_stop: asked after each step; True saves and returns.
+      place: puts a step's batch, `[accumulation, ...]` NumPy arrays, on the devices of a mesh.
+      should_stop: asked before each step with the steps done; True saves and returns.
 
     Raises:
       NonFiniteError: naming the step, at the first NaN or infinity. The checkpoints stay good.
@@ -314,12 +344,12 @@ def fit(
         ledger.emit({"step": 0, "tokens": 0, **found})
     saved = progress.step
     while not (reason := _reason_to_end(progress, steps, patience)):
-        if should_stop():
+        if should_stop(progress.step):
             reason = "interrupted"
             break
         micro_batches = [batch(progress.position + i) for i in range(accumulation)]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *micro_batches)
-        state, metrics = train_step(state, frozen, stacked, key)
+        state, metrics = train_step(state, frozen, place(stacked), key)
         tokens = sum(count_tokens(one) for one in micro_batches)
         rate = {} if learning_rate is None else {"learning_rate": learning_rate(progress.step)}
         progress = progress.after_step(accumulation, tokens)

@@ -145,3 +145,15 @@ def test_shipped_configs_are_valid():
     assert found
     for path in found:
         config.load(path)
+
+
+def test_a_mesh_has_three_sizes_and_does_not_make_another_run(smallest):
+    old = config.load(smallest)
+    assert old.mesh is None
+    run = config.load(smallest, ["mesh.tensor=2"])
+    assert (run.mesh.data, run.mesh.fsdp, run.mesh.tensor) == (1, -1, 2)
+    assert config.differences(old, run) == []
+    with pytest.raises(ValueError, match=r"mesh\.fsdp: got 0, expected at least 1, or -1"):
+        config.load(smallest, ["mesh.fsdp=0"])
+    with pytest.raises(ValueError, match=r"unknown key 'mesh.fdsp'. Did you mean fsdp|mesh.fsdp"):
+        config.load(smallest, ["mesh.fdsp=4"])

@@ -1,4 +1,7 @@
+import dataclasses
+import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import sharding
+from jlora.models import decoder
 
 RULES = (
     ("*/up", P(None, "fsdp", "tensor")),
@@ -19,6 +23,20 @@ RULES = (
 )
 CONFIG = jlora.LoraConfig(rank=2, targets=("up", "down", "embed"))
 TOKENS = jnp.arange(32).reshape(8, 4) % 16
+
+
+DECODER = decoder.DecoderConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    max_positions=64,
+    qkv_bias=True,
+    qk_norm=True,
+)
 
 
 @pytest.fixture
@@ -136,3 +154,91 @@ def test_meshes_of_explicit_axes_and_an_asked_out_sharding(spec):
         for got, wanted in zip(jlora.adapt(fn, on_unsupported="error")(params, x), fn({"w": w}, x)):
             np.testing.assert_array_equal(got, wanted)
             assert got.sharding.is_equivalent_to(wanted.sharding, 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, None),
+        ({"fsdp": -1}, (1, 8, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
+        ({"data": 8}, (8, 1, 1)),
+        ({"data": 3, "fsdp": -1}, None),
+        ({"fsdp": 16}, None),
+        ({"fsdp": 0}, None),
+        ({"data": -1, "fsdp": -1}, None),
+        ({"model": 8}, None),
+    ],
+)
+def test_a_mesh_takes_all_devices_or_is_refused_with_sizes_that_would(sizes, shape):
+    if shape is not None:
+        mesh = sharding.make_mesh(sizes, jax.devices())
+        assert mesh.devices.shape == shape
+        assert mesh.axis_names == ("data", "fsdp", "tensor")
+        return
+    with pytest.raises(ValueError) as refused:
+        sharding.make_mesh(sizes, jax.devices())
+    if "does not fit" in str(refused.value):
+        offered = str(refused.value).split("do: ")[1].rstrip(".").split("; ")
+        for text in offered:
+            pairs = (part.split(": ") for part in text.split(", "))
+            sharding.make_mesh({name: int(size) for name, size in pairs}, jax.devices())
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As a device of a pod of several slices tells of itself."""
+
+    id: int
+    slice_index: int
+    platform: str = "none"
+    device_kind: str = "none"
+
+
+def test_slices_are_between_rows_of_data_and_then_of_fsdp_never_of_tensor():
+    devices = [Device(i, i // 4) for i in range(16)]
+
+    def slices(sizes):
+        mesh = sharding.make_mesh(sizes, devices)
+        return [[[d.slice_index for d in row] for row in plane] for plane in mesh.devices]
+
+    assert slices({"data": 4, "fsdp": 2, "tensor": 2}) == [[[i, i], [i, i]] for i in range(4)]
+    assert slices({"data": 2, "fsdp": 4, "tensor": 2}) == [
+        [[0, 0], [0, 0], [1, 1], [1, 1]], [[2, 2], [2, 2], [3, 3], [3, 3]],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="in 4 slices"):
+        sharding.make_mesh({"tensor": 8, "data": 2}, devices)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True, "post_norms": True, "mlp_bias": True, "o_bias": True},
+        {"fused_projections": True},
+        {"experts": decoder.Experts(count=4, per_token=2, renormalize=True)},
+    ],
+    ids=["untied", "biases", "fused", "experts"],
+)
+@pytest.mark.parametrize("fmt", [None, "nf4", "int8"])
+def test_the_rules_of_the_decoder_cut_all_that_is_large(mesh, changes, fmt):
+    config = dataclasses.replace(DECODER, **changes)
+    params = decoder.param_shapes(config)
+
+    def apply(params, tokens):
+        return decoder.Decoder(config).apply({"params": params}, tokens)
+
+    lora = jlora.LoraConfig(rank=2, targets=re.compile("_proj/kernel$"))
+    seen = {"fn": apply, "args": (TOKENS,)}
+    if fmt:
+        params = jlora.quantize(params, fmt, targets=lora.targets, **seen)
+    init = functools.partial(jlora.init, config=lora, **seen)
+    params = jax.eval_shape(init, jax.random.key(0), params)
+    placed = sharding.shardings(params, mesh, sharding.DECODER_RULES)
+    large = 0
+    for leaf, where in zip(jax.tree.leaves(params), jax.tree.leaves(placed)):
+        parts = leaf.size // np.prod(where.shard_shape(leaf.shape))
+        is_large = leaf.size > 8192
+        assert parts == 4 or not is_large, (leaf.shape, where.spec)
+        large += is_large
+    assert large >= 4

@@ -21,7 +21,8 @@ ORDER = [
     "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
     "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
     "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes", "bench", "base",
-    "dialogue", "config", "report", "process", "run", "saved", "hlo", "plan", "cli",
+    "dialogue", "config", "report", "process", "devices", "run", "saved", "hlo", "plan", "suggest",
+    "cli",
 ]
 # fmt: on
 

@@ -350,7 +350,7 @@ def test_stopping_saves_and_the_next_start_goes_on(tmp_path):
     checkpoints, steps = checkpoint.Checkpoints(tmp_path), []
     result = toy.fit(
         checkpoints, callbacks=[lambda line: steps.append(line["step"])],
-        should_stop=lambda: len(steps) >= 4,
+        should_stop=lambda step: len(steps) >= 4,
     )  # fmt: skip
     assert result.reason == "interrupted"
     assert checkpoints.latest() == result.progress.step == steps[-1]

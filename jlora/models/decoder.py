@@ -33,7 +33,7 @@ from jlora.models import remat, rotary
 from jlora.models.attention import cached_attention, causal_attention
 from jlora.models.cache import Cache, init_cache
 from jlora.models.decoder_config import DecoderConfig, Experts
-from jlora.models.layers import MLP, Linear, RMSNorm, normal
+from jlora.models.layers import MLP, Linear, Place, RMSNorm, keep, normal
 from jlora.models.moe import MoE
 from jlora.models.rotary import RopeScaling
 
@@ -125,6 +125,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
     config: DecoderConfig
+    place: Place = keep
 
     @nn.compact
     def __call__(
@@ -145,7 +146,7 @@ class Attention(nn.Module):
             out = cached_attention(
                 q, k.astype(q.dtype), v.astype(q.dtype), mask, **self._score_options()
             )
-        out = out.reshape(*x.shape[:2], -1)
+        out = self.place(out.reshape(*x.shape[:2], -1), "units")
         return Linear(c.hidden_size, c.o_bias, c.dtype, name="o_proj")(out), cache
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
@@ -162,7 +163,8 @@ class Attention(nn.Module):
                 linear(kv_features, name="k_proj")(x),
                 linear(kv_features, name="v_proj")(x),
             ]
-        return [y.reshape(*y.shape[:2], -1, c.head_dim) for y in parts]
+        heads = [y.reshape(*y.shape[:2], -1, c.head_dim) for y in parts]
+        return [self.place(y, "heads") for y in heads]
 
     def _attend(
         self,
@@ -175,7 +177,11 @@ class Attention(nn.Module):
         def attend(window: int | None, *args: Any) -> jax.Array:
             q, k, v, segment_ids = args
             return causal_attention(
-                q, k, v, segment_ids=segment_ids, window=window, **self._score_options()
+                *(q, k, v),
+                segment_ids=segment_ids,
+                window=window,
+                mesh=getattr(self.place, "mesh", None),
+                **self._score_options(),
             )
 
         window = self.config.sliding_window
@@ -200,6 +206,7 @@ class Layer(nn.Module):
     """One decoder layer, in the form that `nn.scan` wants: carry to (carry, nothing)."""
 
     config: DecoderConfig
+    place: Place = keep
 
     @nn.compact
     def __call__(
@@ -223,22 +230,30 @@ class Layer(nn.Module):
             if c.post_norms
             else (None, "post_attention_layernorm", None)
         )
-        attention = Attention(c, name="self_attn")
-        out, cache = attention(norm(name="input_layernorm")(x), cache, context, slides)
+        attention = Attention(c, self.place, name="self_attn")
+        h = self.place(norm(name="input_layernorm")(x), "inputs")
+        out, cache = attention(h, cache, context, slides)
+        out = self.place(out, "stream")
         x = x + (norm(name=after_attention)(out) if after_attention else out)
-        mlp = (MLP if c.experts is None else MoE)(c, name="mlp")
-        out = mlp(norm(name=before_mlp)(x))
+        mlp = (MLP if c.experts is None else MoE)(c, self.place, name="mlp")
+        out = self.place(mlp(self.place(norm(name=before_mlp)(x), "inputs")), "stream")
         x = x + (norm(name=after_mlp)(out) if after_mlp else out)
-        return (x, cache), None
+        return (self.place(x, "stream"), cache), None
 
 
 class Decoder(nn.Module):
     """The whole model: tokens to logits, or to hidden states and from there to logits.
 
     >>> logits = Decoder(config).apply({"params": params}, tokens)
+
+    Attributes:
+      config: what it computes.
+      place: where activations lie on a mesh, such as `jlora.sharding.Activations(mesh)`. Its
+        attribute `mesh`, if it has one, is what a TPU's attention kernels run on.
     """
 
     config: DecoderConfig
+    place: Place = keep
 
     def setup(self):
         """Declares the parts."""
@@ -251,7 +266,7 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] (flax says int)
             length=c.num_layers,
             unroll=min(c.unroll, c.num_layers),
-        )(c)
+        )(c, self.place)
         self.norm = RMSNorm(c)
         if not c.tie_embeddings:
             self.lm_head = Head(c)
@@ -294,9 +309,8 @@ class Decoder(nn.Module):
         """Logits of hidden states: `[... d]` to `[... vocab]`, of `dtype`, summed in float32."""
         top = self.embed_tokens.attend if self.config.tie_embeddings else self.lm_head
         cap = self.config.logit_softcap
-        if cap is None:
-            return top(x, dtype)
-        return (cap * jnp.tanh(top(x, jnp.float32) / cap)).astype(dtype)
+        logits = self.place(top(x, dtype if cap is None else jnp.float32), "logits")
+        return logits if cap is None else (cap * jnp.tanh(logits / cap)).astype(dtype)
 
     def hidden(
         self,
@@ -317,7 +331,8 @@ class Decoder(nn.Module):
                 positions = _positions(tokens, segment_ids)
             last = rotary.last_positions(positions, segment_ids)
             context = _Context(*self._angles(positions, last), segment_ids=segment_ids)
-            return self.norm(self._through_layers((self.embed_tokens(tokens), None), context)[0])
+            x = self.place(self.embed_tokens(tokens), "stream")
+            return self.place(self.norm(self._through_layers((x, None), context)[0]), "inputs")
 
         if padding_mask is None:
             padding_mask = jnp.ones(tokens.shape, bool)
@@ -346,7 +361,7 @@ class Decoder(nn.Module):
         # is part of what is computed again, and no slice lives until the backward pass.
         def run(index: int, stack: Any, carry: _Carry, context: _Context) -> _Carry:
             params = jax.tree.map(lambda w: jax.lax.index_in_dim(w, index, keepdims=False), stack)
-            layer = Layer(c, parent=None)
+            layer = Layer(c, self.place, parent=None)
             return layer.apply({"params": params}, carry, context, c.slides[index])[0]
 
         stack = self.variables["params"]["layers"]

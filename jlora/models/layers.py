@@ -1,6 +1,8 @@
 """The parts that attention, MLP and experts are made of, in Flax Linen."""
 
 import functools
+from collections.abc import Callable
+from typing import TypeAlias
 
 import flax.linen as nn
 import jax
@@ -9,9 +11,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.decoder_config import DecoderConfig
 
-__all__ = ["MLP", "Linear", "RMSNorm", "gated", "normal"]
+__all__ = ["MLP", "Linear", "Place", "RMSNorm", "gated", "keep", "normal"]
+
+# Holds activations to their place on a mesh, by kind: "stream" `[batch length d]` between layers,
+# "inputs" the same as projections take them, "heads" `[batch length heads head_dim]`, "units"
+# `[batch length units]`, "logits" `[batch ... vocab]`.
+Place: TypeAlias = Callable[[jax.Array, str], jax.Array]
 
 normal = nn.initializers.normal(0.02)
+
+
+def keep(x: jax.Array, kind: str) -> jax.Array:
+    """The `Place` of a program that leaves it to the compiler."""
+    return x
 
 
 class Linear(nn.Module):
@@ -52,6 +64,7 @@ class MLP(nn.Module):
     """The gated feed-forward block."""
 
     config: DecoderConfig
+    place: Place = keep
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -64,6 +77,7 @@ class MLP(nn.Module):
         else:
             gate = linear(c.intermediate_size, name="gate_proj")(x)
             up = linear(c.intermediate_size, name="up_proj")(x)
+        gate, up = self.place(gate, "units"), self.place(up, "units")
         return linear(c.hidden_size, name="down_proj")(gated(gate, up, c.activation))
 
 

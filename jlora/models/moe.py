@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.decoder_config import DecoderConfig
-from jlora.models.layers import Linear, gated, normal
+from jlora.models.layers import Linear, Place, gated, keep, normal
 
 __all__ = ["MoE"]
 
 
 class MoE(nn.Module):
-    """A router, `gate`, and the experts."""
+    """A router, `gate`, and the experts. Their rows, sorted, are left to the compiler's `place`."""
 
     config: DecoderConfig
+    place: Place = keep
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
