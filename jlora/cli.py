@@ -28,6 +28,7 @@ Fine-tune language models with LoRA in JAX.
   jlora merge runs/quickstart -o merged/         a Hugging Face folder for transformers, vLLM, ...
   jlora export runs/quickstart -o adapter/       a PEFT folder
   jlora bench --shape 1b                         speed and memory of a step on this machine
+  jlora plan RUN.yaml --topology v5p:4x4x4       whether a run fits hardware that is not here
 """
 
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
     try:
         with _plain_warnings():
-            args.command(args)
+            code = args.command(args)
     except KeyboardInterrupt:
         print("jlora: stopped.", file=sys.stderr)
         return 130
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not debug and not _is_ours(error):
             print("(JLORA_TRACEBACK=1 shows where this comes from.)", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
                 "of an 8B model takes about half a minute",
             )
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -101,14 +103,18 @@ def _add_run_commands(commands: Any) -> None:
         ("inspect", _inspect, "show what would train, without training"),
     ):
         sub = commands.add_parser(name, help=summary, description=summary)
-        sub.add_argument("config", metavar="RUN.yaml", help="the run's config file")
-        sub.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="replaces a key of the file, such as optim.learning_rate=1e-4",
-        )
+        _add_run_arguments(sub)
         sub.set_defaults(command=command)
+
+
+def _add_run_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", metavar="RUN.yaml", help="the run's config file")
+    sub.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replaces a key of the file, such as optim.learning_rate=1e-4",
+    )
 
 
 def _add_generate(commands: Any) -> None:
@@ -168,6 +174,36 @@ def _add_bench(commands: Any) -> None:
             f"--{name}", type=kind, metavar=metavar, help=described, default=argparse.SUPPRESS
         )
     sub.set_defaults(command=_bench)
+
+
+def _add_plan(commands: Any) -> None:
+    summary = "compile a run for hardware that is not here, and say whether it fits"
+    sub = commands.add_parser(
+        "plan",
+        help=summary,
+        description=f"{summary}. No weights are read. Exit code 0 if it fits and 3 if it does not.",
+    )
+    _add_run_arguments(sub)
+    sub.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="a TPU's generation and its chips along each axis: v5e:2x4, v5p:4x4x4, v6e:4x4, "
+        "tpu7x:2x2x1, ...",
+    )
+    sub.add_argument("--slices", type=int, default=1, metavar="N", help="of that size; default 1")
+    sub.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="of the model, if its config.json is not here: tiny, 1b, 8b, 65b, 70b or a path",
+    )
+    sub.add_argument(
+        "--suggest",
+        action="store_true",
+        help="compile other meshes, batches, remat and formats of the base, and list what fits",
+    )
+    sub.add_argument("--json", metavar="FILE", help="append the line of JSON to this file too")
+    sub.set_defaults(command=_plan)
 
 
 # Errors
@@ -345,6 +381,57 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json:
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from jlora import config
+
+    run = config.load(args.config, args.overrides)
+    from jlora import topology
+
+    topology.set_up()
+    from jlora import plan, plan_report
+
+    if args.slices < 1:
+        raise ValueError(f"--slices must be at least 1, got {args.slices}.")
+    target = plan.tpu_target(args.topology, args.slices)
+    model = plan.read_model(run, args.shape)
+    _whisper(f"Compiling the step for {target.name} ...")
+    made = plan.measure(run, model, target)
+    _say(plan_report.table(made))
+    for line in plan_report.advice(made, num_devices=len(target.devices)):
+        _say(f"  {line}")
+    lines = [made.to_json()]
+    if args.suggest:
+        lines.append(_suggest(args, model, target))
+    elif not made.fits:
+        _say("--suggest looks for settings that fit.")
+    _say("\n".join(lines))
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+    return 0 if made.fits else 3
+
+
+def _suggest(args: argparse.Namespace, model: Any, target: Any) -> str:
+    """Says what fits; returns it as a line of JSON."""
+    from jlora import config, suggest
+
+    def load(extra: Sequence[str]) -> config.RunConfig:
+        return config.load(args.config, [*args.overrides, *extra])
+
+    found = suggest.suggest(load, model, target, _whisper)
+    _say("What fits:" if found else "Nothing that was tried fits; more devices would be needed.")
+    for one in found:
+        left = one.plan.headroom_bytes
+        room = "" if left is None else f", {left / 2**30:.1f} GiB to spare"
+        moved = sum(total.bytes for total in one.plan.collectives.values())
+        _say(
+            f"  {' '.join(one.overrides)}\n    {one.plan.peak_bytes / 2**30:.1f} GiB a device{room}; "
+            f"{moved / 2**30:.1f} GiB to each device a step"
+        )
+    rows = [{"overrides": one.overrides, **json.loads(one.plan.to_json())} for one in found]
+    return json.dumps({"suggestions": rows})
 
 
 def _refuse_occupied(folder: str) -> None:

@@ -5,8 +5,8 @@ XLA says the same thing in several ways, and the text is no documented interface
     %x = bf16[..] all-gather(...)                        as it is
     all-gather-start / all-gather-done                   the start counts
     async-start(...), calls=%c                           the operation is in %c
-    fusion(...), kind=kCustom, calls=%c                  likewise; an all-reduce in a computation
-                                                         named all-reduce-scatter is a reduce-scatter
+    fusion(...), kind=kCustom, calls=%c                  likewise; an all-reduce in a %c named
+                                                         all-reduce-scatter is a reduce-scatter
     while(...), condition=%c, body=%b                    %b runs as often as %c's constant says, or
                                                          the loop's known_trip_count
 
@@ -27,7 +27,9 @@ _KINDS = (
 _BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
-_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) (" + "|".join(_KINDS) + r")(-start)?\(")
+_OPERATION = re.compile(
+    r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) (" + "|".join(_KINDS) + r")(-start)?\("
+)
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _CALLS = re.compile(
     r"(?:calls|to_apply|branch_computations|called_computations|true_computation|false_computation)"

@@ -1,7 +1,6 @@
 """Whole runs on meshes of eight devices: the losses, and what lies where."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np

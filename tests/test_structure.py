@@ -21,8 +21,8 @@ ORDER = [
     "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
     "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
     "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes", "bench", "base",
-    "dialogue", "config", "report", "process", "devices", "run", "saved", "hlo", "plan", "suggest",
-    "cli",
+    "dialogue", "config", "report", "process", "devices", "run", "saved", "hlo", "topology", "plan",
+    "plan_report", "suggest", "cli",
 ]
 # fmt: on
 
@@ -39,7 +39,7 @@ HOMES = {
     "yaml": {"config"},
     "pydantic": {"config"},
     "matplotlib": {"report"},
-    "rich": {"report", "run", "cli"},
+    "rich": {"report", "run", "plan_report", "cli"},
 }
 
 
