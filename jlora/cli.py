@@ -34,7 +34,7 @@ Fine-tune language models with LoRA in JAX.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
     try:
         with _plain_warnings():
@@ -56,6 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("(JLORA_TRACEBACK=1 shows where this comes from.)", file=sys.stderr)
         return 2
     return code or 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Takes `key=value` overrides among the options too, which argparse would not."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest:
+        if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -426,8 +437,9 @@ def _suggest(args: argparse.Namespace, model: Any, target: Any) -> str:
         left = one.plan.headroom_bytes
         room = "" if left is None else f", {left / 2**30:.1f} GiB to spare"
         moved = sum(total.bytes for total in one.plan.collectives.values())
+        _say(f"  {' '.join(one.overrides)}")
         _say(
-            f"  {' '.join(one.overrides)}\n    {one.plan.peak_bytes / 2**30:.1f} GiB a device{room}; "
+            f"    {one.plan.peak_bytes / 2**30:.1f} GiB a device{room}; "
             f"{moved / 2**30:.1f} GiB to each device a step"
         )
     rows = [{"overrides": one.overrides, **json.loads(one.plan.to_json())} for one in found]

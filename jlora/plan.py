@@ -45,8 +45,8 @@ __all__ = [
     "make_mesh",
     "measure",
     "placed",
+    "prepare",
     "read_model",
-    "step_arguments",
     "tpu_target",
 ]
 
@@ -209,10 +209,10 @@ def measure(run: config.RunConfig, model: Model, target: Target) -> Plan:
     Raises:
       ValueError: if the run cannot be on these devices, such as for its mesh.
     """
-    mesh = make_mesh(run, target)
-    base, lora = _adapted(run, model, mesh)
     started = time.perf_counter()
-    step, arguments = step_arguments(run, base, lora)
+    base, step, arguments = prepare(run, model, target)
+    mesh = base.mesh
+    assert mesh is not None
     with jax.set_mesh(mesh):
         lowered = step.trace(*arguments).lower(lowering_platforms=(target.platform,))
         traced = time.perf_counter()
@@ -275,18 +275,15 @@ def make_mesh(run: config.RunConfig, target: Target) -> jax.sharding.Mesh:
     return mesh
 
 
-def step_arguments(
-    run: config.RunConfig, base: Base, lora: jlora.LoraConfig
-) -> tuple[Any, tuple[train.TrainState, Any, Any, Any]]:
-    """The compiled step of a run, and its arguments as `ShapeDtypeStruct`s with shardings.
+def prepare(
+    run: config.RunConfig, model: Model, target: Target
+) -> tuple[Base, Any, tuple[train.TrainState, Any, Any, Any]]:
+    """The base, the step of `train.make_train_step`, and the step's arguments.
 
-    Args:
-      run: from `config.load`.
-      base: with adapters, of `ShapeDtypeStruct`s, and with a mesh.
-      lora: of the adapters.
+    Takes what `measure` does. All arrays are `ShapeDtypeStruct`s; the arguments' have shardings.
     """
-    mesh = base.mesh
-    assert mesh is not None
+    mesh = make_mesh(run, target)
+    base, lora = _adapted(run, model, mesh)
     params = placed(base.params, mesh)
     trainable, frozen = jlora.split(params, lora)
     # Of a run in epochs only the data says how many steps it has; the schedule's end is a constant.
@@ -306,7 +303,7 @@ def step_arguments(
     chunk = run.train.head_chunk_tokens or 1024
     loss_fn = runs.make_loss(base, lora, chunk_tokens=chunk)
     step = train.make_train_step(loss_fn, tx, clip_norm=run.optim.clip_norm)
-    return step, (state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+    return base, step, (state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def placed(params: Any, mesh: jax.sharding.Mesh) -> Any:

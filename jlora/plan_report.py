@@ -24,6 +24,7 @@ def table(plan: Plan) -> str:
         "run": f"mesh {mesh}; base {plan.quantize or 'not quantised'}; remat {plan.remat}; {step}",
         "attention": plan.attention,
     }
+    needed = "" if plan.fits else " would be needed"
     memory = {
         "arguments": f"{_size(plan.argument_bytes)}, of which weights {_size(plan.frozen_bytes)}, "
         f"adapters and moments {_size(plan.state_bytes)}",
