@@ -197,7 +197,7 @@ def test_a_model_is_found_by_its_name_or_its_config(tmp_path, monkeypatch):
 
 def test_every_config_that_is_shipped_for_a_pod_says_where_it_fits():
     """The names are known without a download; the fits themselves are in docs/plan.md."""
-    for name, count in (("pod-70b", 64), ("v5e-8b", 8)):
+    for name, count in (("lora-70b-v5p-64", 64), ("qlora-8b-v5e-8", 8)):
         run = config.load(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.yaml")
         model = plan.read_model(run)
         assert model.config.num_layers in (32, 80)
