@@ -15,7 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
@@ -95,6 +97,7 @@ class Checkpoints:
             raise FileNotFoundError(f"There is no checkpoint folder {self.folder}.")
         if not read_only:
             self._clear_partial()
+            _all_agree(True)  # none begins before the first process has cleared the folder
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -192,7 +195,7 @@ class Checkpoints:
         candidates = self.steps()[::-1] if step is None else [step]
         for candidate in candidates:
             try:
-                record = self._record(candidate)
+                record = _on_all(lambda candidate=candidate: self._record(candidate))
                 self._compare(candidate, record, template, expect or {})
                 state = self._read(candidate, record, template)
             except _Mismatch as error:
@@ -219,8 +222,10 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
             for name, leaf in _by_name(template).items()
         }
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
+        restored = _on_all(
+            lambda: self._manager.restore(
+                step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
+            )
         )
         arrays = restored["arrays"]
         found = _checksums(arrays)
@@ -253,14 +258,18 @@ class Checkpoints:
         message = f"The checkpoint of step {step} in {self.folder} cannot be read and is skipped"
         if not self._read_only:
             aside = self.folder / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(step)).rename(aside)
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+            _all_agree(True)
             self._manager.reload()
             message += f" (kept as {aside.name})"
         self._on_message(f"{message}: {type(error).__name__}: {reason}")
 
     def _clear_partial(self) -> None:
         # Not by Orbax's own option: that works in the background, under a save of the same step.
+        if jax.process_index() > 0:
+            return
         for partial in self.folder.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -275,6 +284,23 @@ class Checkpoints:
                 f"{_reason(error)}. Complete checkpoints, untouched: {whole}. "
                 "Once that is mended, the run resumes from the newest."
             ) from error
+
+
+def _on_all(read: Callable[[], Any]) -> Any:
+    """What `read` returns, if it succeeds on every process; else all of them raise."""
+    try:
+        value, failure = read(), None
+    except Exception as error:
+        value, failure = None, error
+    if _all_agree(failure is None):
+        return value
+    raise failure or OSError("another process cannot read its part")
+
+
+def _all_agree(value: bool) -> bool:
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 _SAVE_ALWAYS = checkpoint_managers.FixedIntervalPolicy(1)
@@ -359,6 +385,8 @@ def _reason(error: BaseException) -> str:
         ("Disk quota exceeded", "the disk quota is used up"),
         ("Permission denied", "permission denied"),
         ("Read-only file system", "the file system is read-only"),
+        ("Gloo", "another process of this run is gone"),
+        ("coordination service", "another process of this run is gone"),
     ):
         if told in text:
             return plain

@@ -34,6 +34,13 @@ Fine-tune language models with LoRA in JAX.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    code = _run(arguments)
+    if code and (devices := sys.modules.get("jlora.devices")):
+        devices.leave(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     args = _parse(arguments)
     debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
     try:
@@ -116,6 +123,10 @@ def _add_run_commands(commands: Any) -> None:
         sub = commands.add_parser(name, help=summary, description=summary)
         _add_run_arguments(sub)
         sub.set_defaults(command=command)
+        if name == "train":
+            from jlora import process
+
+            process.add_flags(sub)
 
 
 def _add_run_arguments(sub: argparse.ArgumentParser) -> None:
@@ -219,6 +230,8 @@ def _add_plan(commands: Any) -> None:
 
 # Errors
 
+_AGAIN = "start all of them again with the same command, and the run resumes."
+
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
@@ -267,7 +280,8 @@ def _message(error: Exception) -> str | None:
                 "out of memory. Lower train.batch_size (and raise train.accumulation by as much) "
                 f"or data.length, or set model.remat=full.\n{text.splitlines()[0]}"
             )
-        return None
+        gone = "Gloo" in text or "coordination service" in text
+        return f"another process of this run is gone: {_AGAIN}\n{text[:200]}" if gone else None
     if type(error).__name__ == "NonFiniteError":
         return text
     mendable = (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError)
@@ -310,11 +324,13 @@ def _train(args: argparse.Namespace) -> None:
     from jlora import config
 
     run = config.load(args.config, args.overrides)
+    from jlora import devices
     from jlora import run as runs
 
     _set_up_process()
     import jax
 
+    devices.start(args.coordinator, args.processes, args.process, automatic=args.distributed)
     runs.run_training(run, _say, jax.devices())
 
 

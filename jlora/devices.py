@@ -1,25 +1,195 @@
 """The devices and processes of a run: the mesh, what goes to it and what comes back.
 
 With several processes each holds a part of every array. All of them run the same program on the
-same batches, and one, the first, writes files.
+same batches, in step; the first of them writes files and speaks.
 """
 
+import json
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jlora import sharding
 
-__all__ = ["check_rows", "is_first", "make_mesh", "put_rows", "row_parts", "to_host"]
+__all__ = [
+    "check_connected",
+    "check_rows",
+    "check_shared",
+    "from_first",
+    "is_first",
+    "leave",
+    "make_mesh",
+    "put_rows",
+    "row_parts",
+    "same_everywhere",
+    "start",
+    "stop_together",
+    "to_host",
+]
+
+
+# Processes
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    automatic: bool = False,
+) -> None:
+    """Connects the processes of a run; to be called before anything asks JAX for a device.
+
+    Args:
+      coordinator: host and port that the first process listens on.
+      processes: how many there are.
+      process: the number of this one, from 0.
+      automatic: ask the cluster for all of that: a TPU pod, SLURM, Open MPI or Kubernetes.
+
+    Raises:
+      ValueError: if only some of the three are given, or no cluster is found.
+      RuntimeError: if the others do not come within five minutes.
+    """
+    given = (coordinator, processes, process)
+    if not automatic and given == (None, None, None):
+        return
+    if not automatic and None in given:
+        raise ValueError("--coordinator HOST:PORT, --processes N and --process I go together.")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"--coordinator takes HOST:PORT, got {coordinator!r}.")
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except ValueError as error:
+        if automatic:
+            raise ValueError(
+                f"--distributed found no cluster here ({error}) It knows TPU pods, SLURM (inside "
+                "srun), Open MPI and Kubernetes; elsewhere give --coordinator, --processes and "
+                "--process to each process."
+            ) from None
+        raise
+    if not is_first():  # all would say the same
+        logging.getLogger("jlora").setLevel(logging.ERROR)
+
+
+def leave(code: int, *, patience: float = 10.0) -> None:
+    """Ends this process, if it is one of several, though the others may not come to the end.
+
+    Args:
+      code: to exit with.
+      patience: seconds to wait for them; JAX itself would wait for minutes and then abort.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(patience)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this process writes files and speaks."""
     return jax.process_index() == 0
+
+
+def check_connected() -> None:
+    """Raises ValueError if this is one of several processes that do not know of each other."""
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"This is one of {jax.process_count()} processes of a pod. Start each of them with "
+            "the same command and --distributed."
+        )
+
+
+def stop_together() -> Callable[[int], bool] | None:
+    """For `process.StopSignal`: agrees on the step to stop after. None where there is one process.
+
+    JAX's own handler of SIGTERM tells the other processes, and the answer is the same on all.
+    """
+    return multihost_utils.reached_preemption_sync_point if jax.process_count() > 1 else None
+
+
+def from_first(fn: Callable[[], Any]) -> Any:
+    """What `fn` returns on the first process, on all of them; where it raises, all raise.
+
+    Args:
+      fn: called on the first process alone; returns what JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    outcome, failure = {}, None
+    if is_first():
+        try:
+            outcome = {"value": fn()}
+        except Exception as error:
+            outcome, failure = {"error": str(error)}, error
+    outcome = _broadcast(outcome)
+    if failure is not None:
+        raise failure
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome["value"]
+
+
+def _broadcast(value: Any) -> Any:
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(size, np.uint8)
+    padded[: min(size, len(text))] = text[:size]
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
+
+
+def same_everywhere(what: str, value: str) -> None:
+    """Raises ValueError on every process if `value` is not the same on all."""
+    if not _all_agree(from_first(lambda: value) == value):
+        raise ValueError(
+            f"{what} differ between the processes of this run; each must read the same files with "
+            "the same versions of Python and of what is installed."
+        )
+
+
+def check_shared(folder: Path) -> None:
+    """Raises ValueError on every process if they do not all see the same folder."""
+    if jax.process_count() == 1:
+        return
+    note = folder / ".shared"
+
+    def leave() -> str:
+        token = secrets.token_hex(8)
+        note.write_text(token)
+        return token
+
+    token = from_first(leave)
+    until = time.monotonic() + 20  # a network's file system may show a new file late
+    while not (seen := note.exists() and note.read_text() == token) and time.monotonic() < until:
+        time.sleep(0.2)
+        if note.parent.exists():
+            os.listdir(note.parent)  # makes some of them look again
+    if not _all_agree(bool(seen)):
+        raise ValueError(
+            f"{folder} is not one folder for all processes: put output on a disk that they share."
+        )
+
+
+def _all_agree(value: bool) -> bool:
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+# Devices
 
 
 def make_mesh(sizes: Mapping[str, int] | None, devices: Sequence[Any]) -> Mesh | None:
@@ -29,7 +199,7 @@ def make_mesh(sizes: Mapping[str, int] | None, devices: Sequence[Any]) -> Mesh |
       ValueError: as `sharding.make_mesh` does.
     """
     if sizes is None:
-        if len({device.process_index for device in devices}) == 1:
+        if len({device.process_index for device in devices}) <= 1:
             return None
         sizes = {"fsdp": -1}
     return sharding.make_mesh(sizes, devices)
@@ -49,12 +219,11 @@ def check_rows(mesh: Mesh | None, sizes: Mapping[str, int | None]) -> None:
     """
     parts = row_parts(mesh)
     for name, rows in sizes.items():
-        if rows is not None and rows % parts:
-            assert mesh is not None
+        if mesh is not None and rows is not None and rows % parts:
             raise ValueError(
-                f"{name} is {rows}, and the rows of a batch are shared by {parts} devices (mesh: "
-                f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): make it a multiple of "
-                f"{parts}, such as {-(-rows // parts) * parts}, or give tensor more of them."
+                f"{name} is {rows}, and {parts} devices share the rows of a batch (mesh: data "
+                f"{mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): make it a multiple of "
+                f"{parts}, such as {-(-rows // parts) * parts}, or give more devices to tensor."
             )
 
 
@@ -76,16 +245,11 @@ def put_rows(mesh: Mesh | None, *, leading: int = 0) -> Callable[[Any], Any]:
 
 
 def to_host(arrays: Any) -> Any:
-    """Arrays of a mesh as NumPy arrays, on every process, one after the other."""
+    """Arrays of a mesh as NumPy arrays, whole and on every process, one after the other."""
 
     def fetch(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return jax.device_get(x)
-        return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
     return jax.tree.map(fetch, arrays)
-
-
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
-    return NamedSharding(mesh, PartitionSpec())

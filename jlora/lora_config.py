@@ -66,7 +66,7 @@ class LoraConfig:
             object.__setattr__(self, field, _as_pairs(getattr(self, field)))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
-            if not isinstance(rank, int | np.integer) or rank < 1:
+            if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}.")
         for alpha in (self.alpha, *(alpha for _, alpha in self.alpha_pattern)):
             if not alpha > 0:

@@ -28,9 +28,7 @@ def table(plan: Plan) -> str:
     memory = {
         "arguments": f"{_size(plan.argument_bytes)}, of which weights {_size(plan.frozen_bytes)}, "
         f"adapters and moments {_size(plan.state_bytes)}",
-        "peak": _size(plan.peak_bytes)
-        if plan.fits
-        else f"{_size(plan.peak_bytes)} would be needed",
+        "peak": f"{_size(plan.peak_bytes)}{needed}",
     }
     if plan.memory_bytes is not None and plan.headroom_bytes is not None:
         share = 100 * plan.headroom_bytes / plan.memory_bytes

@@ -1,31 +1,40 @@
 """The process around a run: it stops in good order, and no other writes to the same folder."""
 
+import argparse
 import contextlib
 import fcntl
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["StopSignal", "lock"]
+__all__ = ["StopSignal", "add_flags", "lock"]
 
 Say = Callable[[str], None]
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into an answer to `fit`; the second Ctrl-C ends at once."""
+    """Turns the first Ctrl-C or SIGTERM into an answer to `fit`; the second Ctrl-C ends at once.
 
-    def __init__(self, say: Say):
+    Args:
+      say: told once that the run is stopping.
+      agreed: with several processes, whether all of them are to stop after so many steps, since one
+        of them got a SIGTERM. Its own handler stays in place.
+    """
+
+    def __init__(self, say: Say, *, agreed: Callable[[int], bool] | None = None):
         self._say = say
+        self._agreed = agreed
         self._seen = False
         self._previous: dict[int, Any] = {}
 
     def __call__(self, step: int) -> bool:
         """Whether the run is to stop after so many steps."""
-        return self._seen
+        return self._seen if self._agreed is None else self._agreed(step)
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if self._agreed is None else (signal.SIGINT,):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -37,7 +46,22 @@ class StopSignal:
         if self._seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._seen = True
+        if self._agreed is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
         self._say("Stopping: this step is finished and saved first. Ctrl-C again stops at once.")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `devices.start`."""
+    group = parser.add_argument_group("several processes, each started with the same command")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="of a TPU pod, SLURM, Open MPI or Kubernetes, which say where the others are",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ class _Job:
     metadata: dict[str, Any]
 
 
-def run_training(run: config.RunConfig, say: Say, on: Sequence[jax.Device]) -> None:
+def run_training(run: config.RunConfig, say: Say, on: Sequence[Any]) -> None:
     """Does what `jlora train` does: begins a run, resumes it, or says that it is finished.
 
     Args:
@@ -157,12 +157,16 @@ def run_training(run: config.RunConfig, say: Say, on: Sequence[jax.Device]) -> N
       say: told what a user should know.
       on: all devices, of all processes, for the mesh of the run.
     """
+    devices.check_connected()
     folder = run.folder
-    if _is_finished(run, say):
+    say = say if devices.is_first() else _say_nothing
+    if devices.from_first(lambda: _is_finished(run, say)):
         return
-    with process.lock(folder):
+    with contextlib.ExitStack() as stack:
+        devices.from_first(lambda: stack.enter_context(process.lock(folder)))
+        devices.check_shared(folder)
         job = _prepare(run, say, on)
-        config.save(folder / "config.yaml", run)
+        devices.from_first(lambda: config.save(folder / "config.yaml", run))
         checkpoints = checkpoint.Checkpoints(
             folder / "checkpoints", keep=run.checkpoint.keep, on_message=say
         )
@@ -176,6 +180,10 @@ def run_training(run: config.RunConfig, say: Say, on: Sequence[jax.Device]) -> N
                 return
             trainable = _choose(job, result, checkpoints, say)
         _finish(job, result, trainable, say)
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 def inspect(run: config.RunConfig, say: Say) -> None:
@@ -215,9 +223,7 @@ def _outcome(result: dict[str, Any]) -> str:
     return f"{text}, adapter in {result['adapter']}"
 
 
-def _prepare(
-    run: config.RunConfig, say: Say, on: Sequence[jax.Device], *, weights: bool = True
-) -> _Job:
+def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: bool = True) -> _Job:
     """Everything that can be wrong is found here, the cheapest first."""
     lora = lora_config(run)
     mesh = devices.make_mesh(None if run.mesh is None else run.mesh.model_dump(), on)
@@ -257,7 +263,9 @@ def _prepare(
     say(str(jlora.summary(base.params, lora)))
     if weights:
         base = adapt_base(load(), lora, jax.random.key(run.seed))
-    metadata = {"lora": json.loads(lora.to_json()), "data_sha256": _digest(examples, held_out)}
+    digest = _digest(examples, held_out)
+    devices.same_everywhere("The training data", digest)
+    metadata = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
@@ -275,15 +283,16 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
     loss_fn = make_loss(job.base, lora, chunk_tokens=run.train.head_chunk_tokens)
     place = devices.put_rows(mesh, leading=1)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(job.steps)), np.float64)
-    log = report.MetricsLog(
-        run.folder / "metrics.jsonl", resume_at=None if restored is None else restored.step
-    )
-    with (
-        contextlib.closing(log),
-        report.ProgressReport(job.steps, start=progress.step) as shown,
-        process.StopSignal(shown.say) as stop,
-        _explained(checkpoints),
-    ):
+    resumed_at = None if restored is None else restored.step
+    with contextlib.ExitStack() as stack:
+        shown: list[Any] = []
+        if devices.is_first():
+            log = report.MetricsLog(run.folder / "metrics.jsonl", resume_at=resumed_at)
+            shown = [stack.enter_context(contextlib.closing(log))]
+            shown.append(stack.enter_context(report.ProgressReport(job.steps, start=progress.step)))
+        speak = shown[-1].say if shown else say
+        stop = stack.enter_context(process.StopSignal(speak, agreed=devices.stop_together()))
+        stack.enter_context(_explained(checkpoints))
         return train.fit(
             state,
             frozen,
@@ -299,7 +308,7 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
             checkpoints=checkpoints,
             save_every=run.checkpoint.every,
             metadata=job.metadata,
-            callbacks=(log, shown),
+            callbacks=shown,
             learning_rate=lambda step: float(rates[step]),
             count_tokens=lambda batch: int(np.count_nonzero(batch["segment_ids"])),
             place=place,
@@ -362,7 +371,9 @@ def _choose(
     if not best:
         say("No evaluation was better than the one before training; keeping the last step.")
         return result.state.trainable
-    template = jax.eval_shape(lambda: result.state)
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), result.state
+    )
     restored = checkpoints.restore(template, step=best)
     assert restored is not None
     say(f"Taking the adapter of step {best}, the best on held-out rows.")
@@ -373,12 +384,10 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
     """Writes what a run leaves; result.json last, which marks it finished."""
     run, folder, progress = job.run, job.run.folder, result.progress
     _, frozen = jlora.split(job.base.params, job.lora)
-    trained = jlora.combine(trainable, frozen)
-    peft.save(folder / "adapter", trained, job.lora, base_model=run.model.path)
-    lines = list(report.read_metrics(folder / "metrics.jsonl"))
-    report.plot_losses(folder / "loss.png", lines, title=run.name)
+    samples = []
     if run.eval.samples and job.held_out:
-        _write_samples(job, trained)
+        samples = _samples(job, jlora.combine(trainable, frozen))
+    trained = jlora.combine(devices.to_host(trainable), frozen)
     outcome = {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -388,11 +397,24 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
         "best_step": progress.best_step,
         "adapter": str(folder / "adapter"),
     }
-    report.write_text(folder / "result.json", json.dumps(outcome, indent=2) + "\n")
+
+    def write() -> None:
+        peft.save(folder / "adapter", trained, job.lora, base_model=run.model.path)
+        lines = list(report.read_metrics(folder / "metrics.jsonl"))
+        report.plot_losses(folder / "loss.png", lines, title=run.name)
+        if samples:
+            note = (
+                f"Held-out prompts that training never saw, answered greedily by {run.model.path} "
+                f"and by the same model with the adapter of this run ({job.steps} steps)."
+            )
+            report.write_samples(folder / "samples.md", samples, note=note)
+        report.write_text(folder / "result.json", json.dumps(outcome, indent=2) + "\n")
+
+    devices.from_first(write)
     say(f"Done: {_outcome(outcome)}.")
 
 
-def _write_samples(job: _Job, trained: Any) -> None:
+def _samples(job: _Job, trained: Any) -> list[report.Sample]:
     """Answers greedily with fresh adapters, which is the base, and with the trained ones."""
     tokenizer, count = job.base.tokenizer, job.run.eval.samples
     chosen = job.held_out[:: max(1, len(job.held_out) // count)][:count]
@@ -411,7 +433,7 @@ def _write_samples(job: _Job, trained: Any) -> None:
         )
         for params in (job.base.params, trained)
     )
-    samples = [
+    return [
         report.Sample(
             prompt=tokenizer.decode(prompts[i]),
             reference=tokenizer.decode(chosen[i].tokens[cuts[i] :].tolist()),
@@ -420,11 +442,6 @@ def _write_samples(job: _Job, trained: Any) -> None:
         )
         for i in range(len(chosen))
     ]
-    note = (
-        f"Held-out prompts that training never saw, answered greedily by {job.run.model.path} and "
-        f"by the same model with the adapter of this run ({job.steps} steps)."
-    )
-    report.write_samples(job.run.folder / "samples.md", samples, note=note)
 
 
 def _prompt_length(example: data.Example) -> int:

@@ -1,4 +1,4 @@
-"""Collectives counted in a program that this machine compiles, and in the ways a TPU spells them."""
+"""Collectives of a program that this machine compiles, and in the ways a TPU spells them."""
 
 import functools
 

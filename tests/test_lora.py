@@ -206,6 +206,7 @@ def test_mistakes_get_one_clear_message(options, message):
     ("options", "message"),
     [
         ({"rank": 0}, "rank must be"),
+        ({"rank": True}, "rank must be"),
         ({"alpha": 0.0}, "alpha must be"),
         ({"dropout": 1.0}, "dropout must be"),
         ({"dtype": "int8"}, "floating"),

@@ -13,7 +13,7 @@ from jlora.models import decoder
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
 # In float32 sums of another order change a loss of about 5 in its last places, and 20 steps of Adam
 # carry that on.
-TOLERANCE = 2e-4
+TOLERANCE = 5e-5
 
 
 def write_config(folder, **sections):
@@ -32,6 +32,8 @@ def write_config(folder, **sections):
     )
     overrides = [
         "train.steps=20", "train.batch_size=8", "data.pack=false", "eval.every=null",
+        "data.validation=null", "data.length=32",
+        "lora.targets=[q_proj, v_proj, o_proj, down_proj]",
         "eval.samples=0", "checkpoint.every=50",
         *(f"{key}={value}" for key, value in sections.items()),
     ]  # fmt: skip
@@ -39,14 +41,12 @@ def write_config(folder, **sections):
 
 
 def train(made, overrides):
-    """The loss of each step and the held-out losses of a run."""
+    """The loss of each step of a run."""
     loaded = config.load(made, overrides)
     run.run_training(loaded, lambda text: None, jax.devices())
     lines = list(report.read_metrics(loaded.folder / "metrics.jsonl"))
-    assert [line["step"] for line in lines] == list(range(len(lines)))
-    return [line["loss"] for line in lines[1:]], [
-        line["eval_loss"] for line in lines if "eval_loss" in line
-    ]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    return [line["loss"] for line in lines]
 
 
 @pytest.mark.slow
@@ -55,12 +55,9 @@ def test_twenty_steps_have_the_losses_of_one_device(tmp_path, quantize):
     made, overrides = write_config(tmp_path)
     overrides.append(f"model.quantize={quantize}")
     wanted = train(made, [*overrides, "name=one"])
-    assert len(wanted[0]) == 20
-    assert wanted[0][-1] < wanted[0][0] - 0.5
+    assert wanted[-1] < wanted[0] - 0.5
     for sizes in MESHES:
         data, fsdp, tensor = sizes
         mesh = f"mesh={{data: {data}, fsdp: {fsdp}, tensor: {tensor}}}"
         got = train(made, [*overrides, mesh, f"name=m{data}{fsdp}{tensor}"])
-        for a, b in zip(got, wanted):
-            np.testing.assert_allclose(a, b, rtol=TOLERANCE, err_msg=str(sizes))
-            print(quantize, sizes, np.max(np.abs(np.array(a) / np.array(b) - 1)))
+        np.testing.assert_allclose(got, wanted, rtol=TOLERANCE, err_msg=str(sizes))

@@ -1,4 +1,4 @@
-"""`jlora plan`: what it says of a run on hardware that is not here, and that it is the run's step."""
+"""`jlora plan`: what it says of a run on hardware that is not here, and what the step does."""
 
 import dataclasses
 import json

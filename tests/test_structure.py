@@ -16,13 +16,13 @@ ORDER = [
     "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "dora", "merging",
     "summary", "variants", "factors", "alignment", "extraction", "arithmetic", "optim", "sharding",
     "models.remat", "models.splash", "models.attention", "models.rotary", "models.decoder_config",
-    "models.cache", "models.layers", "models.moe", "models.decoder", "models.weights", "models.bnb",
-    "models.hf_families", "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf",
-    "models.gguf_tokenizer", "models.gguf", "models.packed_cache", "models.hub", "models",
-    "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat", "packing", "data",
-    "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes", "bench", "base",
-    "dialogue", "config", "report", "process", "devices", "run", "saved", "hlo", "topology", "plan",
-    "plan_report", "suggest", "cli",
+    "models.cache", "models.layers", "models.moe", "models.decoder", "models.slices",
+    "models.weights", "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config",
+    "models.hf_names", "models.hf", "models.gguf_tokenizer", "models.gguf", "models.packed_cache",
+    "models.hub", "models", "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat",
+    "packing", "data", "docstrings", "losses", "train", "objective", "generate", "hardware",
+    "shapes", "bench", "base", "dialogue", "config", "report", "process", "devices", "run", "saved",
+    "hlo", "topology", "plan", "plan_report", "suggest", "cli",
 ]
 # fmt: on
 

@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jlora.models import bnb, hf_config, hf_names, weights
+from jlora.models import bnb, hf_config, hf_names, slices, weights
 from jlora.models.decoder import param_shapes
 from jlora.models.decoder_config import DecoderConfig
 from jlora.models.hf_names import hf_name, is_transposed
@@ -157,10 +157,10 @@ def _opened(
     config, packed = _read_config(directory, dtype)
     with contextlib.ExitStack() as stack:
         tensors = {
-            name: _Tensor(handle, name, file)
+            name: _Tensor(handle, name, file, offset)
             for file in _weight_files(directory)
             for handle in [stack.enter_context(_open(file))]
-            for name in handle.keys()  # noqa: SIM118 (no mapping)
+            for name, offset in slices.offsets(file).items()
         }
         tensors = bnb.collect(tensors) if packed else tensors
         shapes = _flatten(param_shapes(config))
@@ -201,32 +201,40 @@ def _source(
     leaf = weights.plan(path, shape, stored if dtype is None else dtype, quantize)
     form = "transposed" if is_transposed(path) else "plain"
     if not many:
-        layers = [lambda tensor=tensor: [tensor.read()] for tensor in found]
+        layers = [lambda tensor=tensor: [tensor] for tensor in found]
         return weights.Source(path, leaf, layers, form, stacked)
 
-    def read(layer: int) -> list[np.ndarray]:
+    def join(layer: int) -> list[slices.Joined]:
         """One layer's experts, whose tensors come one by one, as if they were one tensor."""
-        whole = np.empty(hf_names.tensor_shape(path, shape, (layer,)), stored)
+        inside = []
         for name, index in parts.items():
             if index[0] == layer:
-                hf_names.oriented(whole, path)[index[1:]] = hf_names.oriented(
-                    tensors[name].read(), path
-                )
-        return [whole]
+                expert, *matrix = index[1:]
+                box = (slice(expert, expert + 1), *(matrix[::-1] if form != "plain" else matrix))
+                inside.append((box, tensors[name]))
+        whole = hf_names.tensor_shape(path, shape, (layer,))
+        return [slices.Joined(whole, stored, inside)]
 
-    layers = [functools.partial(read, layer) for layer in range(shape[0])]
+    layers = [functools.partial(join, layer) for layer in range(shape[0])]
     return weights.Source(path, leaf, layers, form, stacked)
 
 
 class _Tensor:
-    """One tensor of an open safetensors file."""
+    """One tensor of an open safetensors file: read whole, or in parts by `slices`."""
 
-    def __init__(self, handle: Any, name: str, file: Path):
+    def __init__(self, handle: Any, name: str, file: Path, offset: int):
         self.name, self.file = name, file
-        self._handle = handle
+        self._handle, self._offset = handle, offset
         view = handle.get_slice(name)
         self.shape = tuple(view.get_shape())
         self.stored = view.get_dtype()
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(_DTYPES[self.stored])
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        return slices.Stored(self.file, self._offset, self.shape, self.dtype)[box]
 
     def read(self) -> np.ndarray:
         try:

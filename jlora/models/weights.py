@@ -3,7 +3,8 @@
 A file has one tensor for each layer, mostly `[out, in]`; a parameter is the stack of them. The
 experts of a layer count as one tensor, `[experts, out, in]`. Each tensor goes to the devices alone,
 is quantised there if asked for, and is written into the stack in place: the host never holds more
-than one, the devices one besides what is loaded.
+than one, the devices one besides what is loaded. On a mesh, each process reads of every tensor only
+what its own devices hold.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jlora import quant
+from jlora.models import slices
 from jlora.quant import QuantArray
 
 __all__ = ["Place", "Source", "fill", "is_quantised", "plan"]
@@ -52,8 +53,8 @@ class Source:
     Attributes:
       path: of the parameter.
       leaf: from `plan`.
-      layers: for each layer, or for the whole, a function that reads the arrays it is made of: one
-        tensor, or with the form "parts" those of a packed leaf.
+      layers: for each layer, or for the whole, a function that gives the tensors it is made of: one
+        or, with the form "parts", those of a packed leaf; read already, or when they are cut.
       form: the tensor is the parameter's layer as it is, or its transpose `[out, in]`, which a
         quantised leaf packs in this orientation.
       stacked: whether the parameter has an axis of layers.
@@ -61,7 +62,7 @@ class Source:
 
     path: str
     leaf: Any
-    layers: Sequence[Callable[[], Sequence[np.ndarray]]]
+    layers: Sequence[Callable[[], Sequence[slices.Tensor]]]
     form: Literal["plain", "transposed", "parts"]
     stacked: bool
 
@@ -79,11 +80,12 @@ def fill(source: Source, place: Place | None = None) -> Any:
     shapes, treedef = jax.tree.flatten(leaf)
     shardings = _shardings(leaf, sharding, len(shapes))
     if not source.stacked:
-        arrays = [_oriented(x, source.form) for x in source.layers[0]()]
-        arrays = [np.ascontiguousarray(x, s.dtype) for x, s in zip(arrays, shapes, strict=True)]
-        pairs = zip(arrays, shardings, strict=True)
-        # A copy, for what was read may be a view of the file.
-        return treedef.unflatten(jax.device_put(x, s, may_alias=False) for x, s in pairs)
+        turned = source.form == "transposed"
+        arrays = [
+            _put(slices.Turned(x, s.dtype, transposed=turned), where)
+            for x, s, where in zip(source.layers[0](), shapes, shardings, strict=True)
+        ]
+        return treedef.unflatten(arrays)
     # The stack is written where the compiler may choose placements on the way; an Explicit mesh,
     # which wants them spelled out, is back at the end.
     sharding = _automatic(sharding)
@@ -96,7 +98,7 @@ def fill(source: Source, place: Place | None = None) -> Any:
     packs = isinstance(leaf, QuantArray) and source.form != "parts"
     for layer, read in enumerate(source.layers):
         tensors = [
-            jax.device_put(tensor, _layer_sharding(sharding, source.form, tensor.ndim))
+            _put(tensor, _layer_sharding(sharding, source.form, len(tensor.shape)))
             for tensor in read()
         ]
         arrays = write(
@@ -120,8 +122,11 @@ def _automatic(sharding: Sharding | None) -> Sharding | None:
     return NamedSharding(jax.sharding.Mesh(mesh.devices, mesh.axis_names), sharding.spec)
 
 
-def _oriented(tensor: np.ndarray, form: str) -> np.ndarray:
-    return tensor.swapaxes(-1, -2) if form == "transposed" else tensor
+def _put(tensor: slices.Tensor, where: Sharding | None) -> jax.Array:
+    if isinstance(where, NamedSharding):
+        return slices.place(tensor, where)
+    # A copy, for what was read may be a view of the file.
+    return jax.device_put(slices.whole(tensor), where, may_alias=False)
 
 
 def _zeros(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.Array]:
