@@ -224,6 +224,9 @@ def _add_plan(commands: Any) -> None:
         action="store_true",
         help="compile other meshes, batches, remat and formats of the base, and list what fits",
     )
+    sub.add_argument(
+        "--want", type=int, default=3, metavar="N", help="suggestions to look for; default 3"
+    )
     sub.add_argument("--json", metavar="FILE", help="append the line of JSON to this file too")
     sub.set_defaults(command=_plan)
 
@@ -447,7 +450,7 @@ def _suggest(args: argparse.Namespace, model: Any, target: Any) -> str:
     def load(extra: Sequence[str]) -> config.RunConfig:
         return config.load(args.config, [*args.overrides, *extra])
 
-    found = suggest.suggest(load, model, target, _whisper)
+    found = suggest.suggest(load, model, target, _whisper, want=args.want)
     _say("What fits:" if found else "Nothing that was tried fits; more devices would be needed.")
     for one in found:
         left = one.plan.headroom_bytes

@@ -7,7 +7,6 @@ computed. What is reported is the compiler's own account of it.
 import dataclasses
 import functools
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -271,7 +270,8 @@ def make_mesh(run: config.RunConfig, target: Target) -> jax.sharding.Mesh:
     mesh = devices.make_mesh(sizes, target.devices)
     if mesh is None:
         mesh = sharding.make_mesh({}, target.devices[:1])
-    devices.check_rows(mesh, {"train.batch_size": run.train.batch_size})
+    rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
+    devices.check_rows(mesh, rows)
     return mesh
 
 
@@ -347,7 +347,6 @@ def _adapted(
     network = decoder.Decoder(settled, place=sharding.Activations(mesh))
     no_tokenizer: Any = None
     base = Base(run.model.path, network, params, no_tokenizer, mesh)
-    logging.getLogger("jlora").setLevel(logging.WARNING)
     return adapt_base(base, lora, jax.random.key(run.seed)), lora
 
 

@@ -133,7 +133,7 @@ def test_what_is_suggested_fits_when_it_is_planned(capsys, tmp_path, run_file):
     )  # fmt: skip
     given = (run_file, "mesh.tensor=1", "train.batch_size=2", "--topology", "v5e:1x1", "--shape",
              str(shape))  # fmt: skip
-    code, out, _ = planned(capsys, *given, "--suggest")
+    code, out, _ = planned(capsys, *given, "--suggest", "--want", "1")
     assert code == 3
     first, *_ = json.loads(out.splitlines()[-1])["suggestions"]
     assert first["quantize"] in ("int8", "nf4")
