@@ -147,8 +147,9 @@ class TrainConfig(_Section):
     Attributes:
       steps: optimizer steps; or give `epochs`.
       epochs: passes over the training rows, may be a fraction.
-      batch_size: rows on the device at a time.
+      batch_size: rows of a batch that is on the devices at a time, over all of a mesh.
       accumulation: such batches summed for one step.
+      profile: traces the three steps after this one for TensorBoard or Perfetto, into `profile/`.
       head_chunk_tokens: tokens that go through the model's head together; each has a float32 logit
         for every word of the vocabulary. By default 128 on a CPU and 1024 elsewhere.
     """
@@ -157,6 +158,7 @@ class TrainConfig(_Section):
     epochs: _Positive | None = None
     batch_size: _Count = 8
     accumulation: _Count = 1
+    profile: _Count | None = None
     head_chunk_tokens: _Count | None = None
 
 
@@ -284,7 +286,8 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     keys = [
         key
         for key in {**before, **after}
-        if key.split(".")[0] not in ("checkpoint", "mesh", "output") and key != "model.cache"
+        if key.split(".")[0] not in ("checkpoint", "mesh", "output")
+        and key not in ("model.cache", "train.profile")
     ]
     return [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"

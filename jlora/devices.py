@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jlora import sharding
 
 __all__ = [
+    "Profile",
     "check_connected",
     "check_rows",
     "check_shared",
@@ -242,6 +243,37 @@ def put_rows(mesh: Mesh | None, *, leading: int = 0) -> Callable[[Any], Any]:
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
     return lambda batch: jax.tree.map(put, batch)
+
+
+class Profile:
+    """Traces three steps of a run on the first process."""
+
+    def __init__(self, folder: Path, start: int | None, *, steps: int = 3):
+        """Prepares.
+
+        Args:
+          folder: for the trace.
+          start: steps done before the first that is traced; None for no trace.
+          steps: to trace.
+        """
+        self._folder = folder
+        self._span = None if start is None else range(start, start + steps)
+        self._running = False
+
+    def __call__(self, step: int) -> None:
+        """To be called before each step with the steps done."""
+        wanted = self._span is not None and step in self._span and is_first()
+        if wanted and not self._running:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif self._running and not wanted:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace, if one is open."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def to_host(arrays: Any) -> Any:

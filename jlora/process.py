@@ -5,11 +5,15 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["StopSignal", "add_flags", "lock"]
+__all__ = ["StopSignal", "Watchdog", "add_flags", "lock"]
 
 Say = Callable[[str], None]
 
@@ -49,6 +53,56 @@ class StopSignal:
         if self._agreed is not None:
             os.kill(os.getpid(), signal.SIGTERM)
         self._say("Stopping: this step is finished and saved first. Ctrl-C again stops at once.")
+
+
+class Watchdog:
+    """Reports when a run has not gone on for a while, and where in the program it hangs.
+
+    A disk or a network that does not answer, or another process that does not come to the same
+    place, raises nothing: the run just stands still.
+    """
+
+    def __init__(self, say: Say, *, patience: float = 600.0):
+        """Prepares; nothing is watched before `__enter__`.
+
+        Args:
+          say: told of a stop, once until the run goes on.
+          patience: seconds without a step before that.
+        """
+        self._say = say
+        self._patience = patience
+        self._main = threading.get_ident()
+        self._last = (time.monotonic(), 0)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __call__(self, step: int) -> None:
+        """The run has come to this step."""
+        self._last = (time.monotonic(), step)
+
+    def __enter__(self) -> "Watchdog":
+        self._last = (time.monotonic(), self._last[1])
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        reported = None
+        while not self._done.wait(self._patience / 10):
+            last = self._last
+            waited = time.monotonic() - last[0]
+            if waited < self._patience or last == reported:
+                continue
+            reported = last
+            frames = traceback.extract_stack(sys._current_frames().get(self._main))
+            places = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-4:]]
+            self._say(
+                f"No step for {waited:.0f} s after step {last[1]}; the program is at "
+                f"{' > '.join(places)}. It goes on waiting."
+            )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

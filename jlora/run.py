@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,11 @@ def _say_nothing(text: str) -> None:
     pass
 
 
+def _whisper(text: str) -> None:
+    number = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    print(f"jlora: {number}{text}", file=sys.stderr, flush=True)
+
+
 def inspect(run: config.RunConfig, say: Say) -> None:
     """Does what `jlora inspect` does: shows the data and what would train."""
     job = _prepare(run, say, (), weights=False)
@@ -292,6 +298,15 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
             shown.append(stack.enter_context(report.ProgressReport(job.steps, start=progress.step)))
         speak = shown[-1].say if shown else say
         stop = stack.enter_context(process.StopSignal(speak, agreed=devices.stop_together()))
+        watchdog = stack.enter_context(process.Watchdog(_whisper))
+        profile = devices.Profile(run.folder / "profile", run.train.profile)
+        stack.enter_context(contextlib.closing(profile))
+
+        def before_step(step: int) -> bool:
+            watchdog(step)
+            profile(step)
+            return stop(step)
+
         stack.enter_context(_explained(checkpoints))
         return train.fit(
             state,
@@ -312,7 +327,7 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
             learning_rate=lambda step: float(rates[step]),
             count_tokens=lambda batch: int(np.count_nonzero(batch["segment_ids"])),
             place=place,
-            should_stop=stop,
+            should_stop=before_step,
         )
 
 
@@ -356,7 +371,7 @@ def _evaluation(job: _Job, loss_fn: train.LossFn, frozen: Any) -> Callable[[Any]
     batches = list(held_out.epoch())[: job.run.eval.batches]
     eval_step = train.make_eval_step(loss_fn)
     place = devices.put_rows(job.base.mesh)
-    return lambda trainable: train.evaluate(eval_step, trainable, frozen, batches, place=place)
+    return lambda trainable: train.evaluate(eval_step, trainable, frozen, map(place, batches))
 
 
 def _choose(

@@ -192,15 +192,13 @@ def evaluate(
     trainable: Any,
     frozen: Any,
     batches: Iterable[Batch],
-    *,
-    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> float:
-    """The mean loss per target token, in nats, over all batches, each put in its `place`.
+    """The mean loss per target token, in nats, over all batches.
 
     Raises:
       ValueError: if the batches hold no target token.
     """
-    sums = [eval_step(trainable, frozen, place(batch)) for batch in batches]
+    sums = [eval_step(trainable, frozen, batch) for batch in batches]
     # float64 on the host: a sum over many batches in float32 would lose digits
     totals = np.asarray(jax.device_get(sums), np.float64).reshape(-1, 2).sum(axis=0)
     if totals[1] == 0:

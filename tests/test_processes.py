@@ -1,5 +1,6 @@
 """Runs of two real processes with four devices each: killed, stopped, and resumed."""
 
+import json
 import os
 import pathlib
 import signal
@@ -11,18 +12,24 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_hf import random_params
 from test_mesh import TOLERANCE, train, write_config
 
-from jlora import cli, report
+from jlora import cli, process, report
+from jlora.models import decoder, hf
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def start(folder, arguments, count):
-    """Starts the processes of a run, with eight devices among them."""
+def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(folder, arguments, count):
+    """Starts the processes of a run, with eight devices among them."""
+    port = free_port()
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
@@ -44,7 +51,7 @@ def until(condition, processes):
     end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
-        assert all(process.poll() is None for process in processes)
+        assert all(one.poll() is None for one in processes)
         time.sleep(0.001)
 
 
@@ -76,25 +83,28 @@ def test_a_run_of_two_processes_survives_kills_and_stops_with_the_same_losses(tm
 
         processes = start(tmp_path, [*arguments, "mesh={data: 2, fsdp: 2, tensor: 2}"], 2)
         until(lambda: newest() >= whole + 2, processes)
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=60) for process in processes] == [0, 0], said(tmp_path, 0)
+        for one in processes:
+            one.send_signal(signal.SIGTERM)
+        assert [one.wait(timeout=60) for one in processes] == [0, 0], said(tmp_path, 0)
         assert f"Resuming at step {whole} of 20" in said(tmp_path, 0)
         assert f"Interrupted; saved at step {newest()} of 20" in said(tmp_path, 0)
         assert "Resuming" not in said(tmp_path, 1)
 
         stopped = newest()
-        processes = start(tmp_path, [*arguments, "mesh={data: 8, fsdp: 1}"], 1)
+        last = [*arguments, "mesh={data: 8, fsdp: 1}", f"train.profile={stopped}"]
+        processes = start(tmp_path, last, 1)
         assert processes[0].wait(timeout=200) == 0, said(tmp_path, 0)
         assert f"Resuming at step {stopped} of 20" in said(tmp_path, 0)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        for one in processes:
+            one.kill()
+            one.wait()
     lines = list(report.read_metrics(tmp_path / "runs" / "two" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, 21))
     np.testing.assert_allclose([line["loss"] for line in lines], wanted, rtol=TOLERANCE)
-    assert (tmp_path / "runs" / "two" / "adapter" / "adapter_model.safetensors").is_file()
+    folder = tmp_path / "runs" / "two"
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert list((folder / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +130,23 @@ def test_what_cannot_be_is_refused_before_any_compute(tmp_path, capsys, argument
     assert len(jax.devices()) == 8
 
 
+def test_a_run_that_stands_still_is_reported_once_with_its_place():
+    heard = []
+    with process.Watchdog(heard.append, patience=0.2) as watchdog:
+        for step in range(5):  # goes on: nothing to report
+            watchdog(step)
+            time.sleep(0.05)
+        assert not heard
+        wait_for_the_disk(1.0)
+    (told,) = heard
+    assert "after step 4" in told
+    assert "wait_for_the_disk" in told
+
+
+def wait_for_the_disk(seconds):
+    time.sleep(seconds)
+
+
 def test_no_cluster_is_said(tmp_path):
     from tiny import write_config
 
@@ -128,3 +155,75 @@ def test_no_cluster_is_said(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 2
     assert "--distributed found no cluster here" in done.stderr
+
+
+_MEASURE = """
+import gc, json, sys, threading
+import jax
+from jax.experimental import multihost_utils
+from jlora import models, sharding
+
+index, port, folder, fmt = int(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}, jax.devices())
+place = sharding.placement(mesh, sharding.DECODER_RULES)
+
+def number(file, name):
+    with open(file) as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+def resident():
+    return 1024 * number("/proc/self/status", "RssAnon")
+
+models.load(folder, quantize=fmt, sharding=place)  # what the compiler takes is its own
+gc.collect()
+multihost_utils.sync_global_devices("loaded")
+start, before, peak, done = resident(), number("/proc/self/io", "rchar"), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.002):
+        peak.append(resident())
+
+thread = threading.Thread(target=watch)
+thread.start()
+_, params = models.load(folder, quantize=fmt, sharding=place)
+jax.block_until_ready(params)
+done.set()
+thread.join()
+read = number("/proc/self/io", "rchar") - before
+held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
+print(json.dumps(["measured", read, max(peak) - start, held]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("fmt", [None, "nf4"])
+def test_each_process_reads_and_holds_its_part_of_the_weights(tmp_path, fmt):
+    """On CPU, host and device memory are one: both together are bounded."""
+    config = decoder.DecoderConfig(
+        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_layers=8,
+        num_heads=8, num_kv_heads=8, head_dim=128, tie_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    hf.save(tmp_path / "model", config, random_params(config, "bfloat16"))
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        # So that what is freed goes back to the system at once.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    port, arguments = free_port(), [str(tmp_path / "model"), json.dumps(fmt)]
+    commands = [[sys.executable, "-c", _MEASURE, str(i), str(port), *arguments] for i in range(2)]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=env) for c in commands]
+    one_tensor = 4096 * 1024 * 2
+    for one in processes:
+        output, _ = one.communicate(timeout=300)
+        assert one.returncode == 0
+        line = next(line for line in output.splitlines() if line.startswith('["measured"'))
+        _, read, peak, held = json.loads(line)
+        assert size / 2 < read < 1.1 * size / 2 + one_tensor
+        assert peak < 1.1 * held + one_tensor
+        assert held < size * (0.51 if fmt is None else 0.25)
