@@ -54,7 +54,7 @@ def unsupported(q: jax.Array, k: jax.Array, mesh: Any = None) -> str | None:
         # A program for several devices needs the mesh; of one that is traced for other hardware
         # than this machine's, nothing says for how many it is.
         if jax.default_backend() == "tpu" and jax.device_count() > 1:
-            return "there are several devices and no mesh (see jax.set_mesh)"
+            return "there are several devices and no mesh (set mesh: in a run, or see jax.set_mesh)"
         return None
     kinds = _kinds(mesh)
     if kinds - {AxisType.Auto} and kinds != {AxisType.Manual}:
