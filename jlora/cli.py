@@ -433,7 +433,7 @@ def _plan(args: argparse.Namespace) -> int:
         _say(f"  {line}")
     lines = [made.to_json()]
     if args.suggest:
-        lines.append(_suggest(args, model, target))
+        lines.append(_suggest(args, model, target, None if made.fits else made))
     elif not made.fits:
         _say("--suggest looks for settings that fit.")
     _say("\n".join(lines))
@@ -443,14 +443,14 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if made.fits else 3
 
 
-def _suggest(args: argparse.Namespace, model: Any, target: Any) -> str:
+def _suggest(args: argparse.Namespace, model: Any, target: Any, refused: Any) -> str:
     """Says what fits; returns it as a line of JSON."""
     from jlora import config, suggest
 
     def load(extra: Sequence[str]) -> config.RunConfig:
         return config.load(args.config, [*args.overrides, *extra])
 
-    found = suggest.suggest(load, model, target, _whisper, want=args.want)
+    found = suggest.suggest(load, model, target, refused, _whisper, want=args.want)
     _say("What fits:" if found else "Nothing that was tried fits; more devices would be needed.")
     for one in found:
         left = one.plan.headroom_bytes

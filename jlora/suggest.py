@@ -6,12 +6,14 @@ more of them.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jlora import config, plan, sharding
-from jlora.models import hf
+from jlora.models import decoder, hf
 
 __all__ = ["Suggestion", "suggest"]
 
@@ -39,12 +41,14 @@ class _Candidate:
     Attributes:
       overrides: as the command line takes them.
       changes: formats that the base is packed further down, then other settings that differ.
-      memory: bytes of a device that it takes at the least.
+      settings: the sizes of the mesh, and the rows of a micro-batch.
+      memory: bytes of a device that it takes, roughly.
       traffic: bytes that a device receives a step, roughly.
     """
 
     overrides: tuple[str, ...]
     changes: tuple[int, int]
+    settings: tuple[int, ...]
     memory: float
     traffic: float
 
@@ -53,6 +57,7 @@ def suggest(
     load: Callable[[Sequence[str]], config.RunConfig],
     model: plan.Model,
     target: plan.Target,
+    refused: plan.Plan | None,
     say: Say,
     *,
     want: int = 3,
@@ -64,6 +69,7 @@ def suggest(
       load: gives the run with overrides such as `model.remat=full`.
       model: from `plan.read_model`.
       target: from `plan.tpu_target`.
+      refused: the plan of the run as it is, if that does not fit.
       say: told of each try.
       want: ends at so many that fit.
       tries: ends after compiling so many.
@@ -75,6 +81,8 @@ def suggest(
     waiting = sorted(_candidates(run, model, target), key=lambda c: (c.changes, c.traffic))
     found: list[Suggestion] = []
     underestimate = 1.0
+    if refused is not None:
+        waiting = [c for c in waiting if (c.changes, c.settings) != ((0, 0), _settings(refused))]
     for _ in range(tries):
         limit = math.inf if target.memory_bytes is None else target.memory_bytes
         waiting = [c for c in waiting if c.memory * underestimate <= limit]
@@ -91,6 +99,10 @@ def suggest(
             underestimate = max(underestimate, made.peak_bytes / candidate.memory)
             say(f"  does not fit: {made.peak_bytes / 2**30:.1f} GiB of each device.")
     return found
+
+
+def _settings(made: plan.Plan) -> tuple[int, ...]:
+    return (*made.mesh.values(), made.rows)
 
 
 def _candidates(
@@ -127,6 +139,11 @@ def _batches(rows: int, parts: int, most: int) -> list[int]:
     return fitting[::-1][:4] or [parts]
 
 
+@functools.cache
+def _abstract(shape: decoder.DecoderConfig, fmt: Any) -> Any:
+    return hf.abstract(shape, fmt)
+
+
 def _estimate(
     run: config.RunConfig,
     model: plan.Model,
@@ -139,13 +156,17 @@ def _estimate(
     rows = run.train.batch_size * run.train.accumulation
     accumulation = max(1, rows // batch)
     shape = dataclasses.replace(model.config, dtype="bfloat16")
-    params = hf.abstract(shape, fmt)  # pyright: ignore[reportArgumentType]
+    params = _abstract(shape, fmt)
     mesh = sharding.make_mesh(sizes, target.devices)
     weights = plan.device_bytes(plan.placed(params, mesh))
     tensor, parts = sizes["tensor"], sizes["data"] * sizes["fsdp"]
     stream = 2 * batch // parts * run.data.length * shape.hidden_size  # bytes of a layer's input
     layer = 2 * sum(math.prod(x.shape) for x in plan.dense_leaves(params)) / shape.num_layers
-    kept = shape.num_layers * stream / tensor
+    # Of a layer that is not computed again, about so many arrays of the stream's width are kept.
+    widths = (
+        1 if remat in ("full", "offload") else 8 + 4 * shape.intermediate_size / shape.hidden_size
+    )
+    kept = widths * shape.num_layers * stream / tensor
     logits = 8 * min(1024, batch // parts * run.data.length) * shape.vocab_size / tensor
     memory = weights + kept + logits + (layer / tensor if sizes["fsdp"] > 1 else 0)
     # Weights are gathered forward, again, and backward; a stream is exchanged about 8 times.
@@ -168,6 +189,7 @@ def _estimate(
     return _Candidate(
         tuple(f"{key}={value}" for key, value in changed.items()),
         (steps, int(remat != run.model.remat)),
+        (*sizes.values(), batch),
         memory,
         accumulation * (gathered + exchanged),
     )

@@ -8,8 +8,8 @@ import pathlib
 import jax
 import pytest
 
-from jlora import cli, config, hardware, hlo, plan, plan_report, shapes, topology
-from jlora.models import decoder
+from jlora import cli, config, hardware, hlo, plan, plan_report, shapes, suggest, topology
+from jlora.models import decoder, hf
 
 RUN = """
 name: tiny
@@ -116,30 +116,55 @@ def test_what_does_not_fit_says_so_and_what_to_change(capsys, run_file):
     assert made["peak_bytes"] > made["argument_bytes"] > 141e9 / 8
 
 
-@pytest.mark.slow
-def test_what_is_suggested_fits_when_it_is_planned(capsys, tmp_path, run_file):
-    """Weights of 17 GB in bfloat16 on one chip of 16."""
-    pytest.importorskip("libtpu")
-    shape = tmp_path / "config.json"
-    shape.write_text(
-        json.dumps(
-            {
-                "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1024,
-                "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 10,
-                "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-                "max_position_embeddings": 4096, "tie_word_embeddings": False,
-            }
+def made_plan(**changes):
+    values = {
+        "target": "v5e:2x4", "device_kind": "TPU v5 lite", "num_devices": 8, "jax": "0",
+        "model": "m", "parameters": 1, "trainable": 1,
+        "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "quantize": None, "remat": "none",
+        "rows": 32, "accumulation": 1, "length": 2048, "fits": False, "frozen_bytes": 10**9,
+        "state_bytes": 10**8, "argument_bytes": 2 * 10**9, "peak_bytes": 40 * 10**9,
+        "memory_bytes": 16 * 10**9, "attention": "splash", "collectives": {},
+        "exact_counts": True, "model_flops": 1.0, "floor_seconds": None, "trace_seconds": 0.0,
+        "compile_seconds": 0.0,
+    }  # fmt: skip
+    return plan.Plan(**{**values, **changes})
+
+
+def test_suggestions_are_searched_from_near_to_far(tmp_path, monkeypatch):
+    """A compiler that takes twice the weights' size stands in for the one that takes minutes."""
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.replace("batch_size: 8", "batch_size: 32"))
+    target = plan.Target("eight", jax.devices(), 16 * 2**30)
+    model = plan.Model(shapes.decoder_config("70b"), "the shape 70b")
+    asked = []
+
+    def compiled(run, model, target):
+        asked.append(run)
+        config = dataclasses.replace(model.config, dtype="bfloat16")
+        params = plan.placed(hf.abstract(config, run.model.quantize), plan.make_mesh(run, target))
+        peak = 2 * plan.device_bytes(params)
+        return made_plan(
+            peak_bytes=peak, fits=peak <= target.memory_bytes, rows=run.train.batch_size
         )
-    )  # fmt: skip
-    given = (run_file, "mesh.tensor=1", "train.batch_size=2", "--topology", "v5e:1x1", "--shape",
-             str(shape))  # fmt: skip
-    code, out, _ = planned(capsys, *given, "--suggest", "--want", "1")
-    assert code == 3
-    first, *_ = json.loads(out.splitlines()[-1])["suggestions"]
-    assert first["quantize"] in ("int8", "nf4")
-    code, out, _ = planned(capsys, *given, *first["overrides"])
-    assert code == 0
-    assert json.loads(out.splitlines()[-1])["peak_bytes"] == first["peak_bytes"]
+
+    monkeypatch.setattr(plan, "measure", compiled)
+
+    def load(overrides):
+        return config.load(path, overrides)
+
+    found = suggest.suggest(load, model, target, made_plan(), lambda text: None, want=2)
+    assert len(found) == 2
+    for one in found:
+        run = load(one.overrides)
+        # dense weights are 16 GiB of each device, int8 twice 8.6
+        assert run.model.quantize == "nf4"
+        assert run.train.batch_size * run.train.accumulation == 32
+        assert run.mesh.data * run.mesh.fsdp * run.mesh.tensor == 8
+        assert run.train.batch_size % (run.mesh.data * run.mesh.fsdp) == 0
+    formats = [run.model.quantize for run in asked]
+    assert formats == sorted(formats, key=("int8", "nf4").index)
+    assert formats.count("int8") <= 2  # having seen one refused, it leaves those that take as much
+    assert len({(run.model, run.mesh, run.train) for run in asked}) == len(asked)
 
 
 @pytest.mark.parametrize(
@@ -231,14 +256,7 @@ def test_a_refusal_is_read_off_the_compilers_message():
 
 
 def test_advice_follows_what_is_in_the_way():
-    made = plan.Plan(
-        target="v5e:2x4", device_kind="TPU v5 lite", num_devices=8, jax="0", model="m",
-        parameters=1, trainable=1, mesh={"data": 1, "fsdp": 8, "tensor": 1}, quantize=None,
-        remat="none", rows=32, accumulation=1, length=2048, fits=False, frozen_bytes=10**9,
-        state_bytes=10**8, argument_bytes=2 * 10**9, peak_bytes=40 * 10**9,
-        memory_bytes=16 * 10**9, attention="splash", collectives={}, exact_counts=True,
-        model_flops=1.0, floor_seconds=None, trace_seconds=0.0, compile_seconds=0.0,
-    )  # fmt: skip
+    made = made_plan()
     remat, batch = plan_report.advice(made, num_devices=8)
     assert remat.startswith("model.remat=full")
     assert batch.startswith("train.batch_size=16")
