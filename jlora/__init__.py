@@ -52,14 +52,18 @@ _MODULES = (
     "config",
     "data",
     "docstrings",
+    "fingerprint",
     "generate",
     "losses",
+    "measured",
     "models",
+    "objective",
     "optim",
     "peft",
     "quant",
     "report",
     "sharding",
+    "tokens",
     "train",
 )
 

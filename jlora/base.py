@@ -5,7 +5,7 @@ import functools
 import os
 import platform
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jlora
-from jlora import chat, models, sharding, tree
+from jlora import chat, models, sharding, tokens, tree
 from jlora.leaf import is_array_leaf
 from jlora.models import decoder
 from jlora.quant import Format
@@ -31,6 +31,8 @@ class Base:
       model: a `Decoder`.
       params: its weights; with adapters in place after `adapt_base`.
       tokenizer: its tokenizer.
+      tokenizer_files: what that was read from, name to text, with what was added.
+      new_tokens: ids of the tokens that were added.
       mesh: that the weights lie on; None for the default device.
     """
 
@@ -38,6 +40,8 @@ class Base:
     model: Any
     params: Any
     tokenizer: chat.Tokenizer
+    tokenizer_files: Mapping[str, str]
+    new_tokens: tuple[int, ...] = ()
     mesh: Mesh | None = None
 
     def apply(self, params: Any, tokens: jax.Array, **kwargs: Any) -> Any:
@@ -71,9 +75,9 @@ def program_folder() -> Path:
     return cache_folder() / f"programs-{kind}"
 
 
-def load_tokenizer(name: str) -> chat.Tokenizer:
+def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> chat.Tokenizer:
     """The tokenizer of a model, without its weights."""
-    return chat.Tokenizer.from_files(models.tokenizer_files(name))
+    return chat.Tokenizer.from_files(tokens.add(models.tokenizer_files(name), new_tokens)[0])
 
 
 def load_base(
@@ -84,8 +88,9 @@ def load_base(
     unroll: int = 1,
     quantize: Format | None = None,
     cache: bool = False,
-    tokenizer: chat.Tokenizer | None = None,
     weights: bool = True,
+    new_tokens: Sequence[str] = (),
+    tokenizer_folder: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
 ) -> Base:
     """Loads a model and its tokenizer.
@@ -98,9 +103,11 @@ def load_base(
       unroll: likewise.
       quantize: as in `models.load`.
       cache: whether to keep quantised weights in the user's cache folder for the next start.
-      tokenizer: if it is there already.
       weights: False gives `ShapeDtypeStruct`s, to look at a model larger than this machine's
         memory.
+      new_tokens: to add to the tokenizer, with room in the model.
+      tokenizer_folder: if it holds a tokenizer.json, with more tokens than the model's, that is
+        taken: adapters with new tokens bring one.
       mesh: to spread the weights over by `sharding.DECODER_RULES`, and the activations.
     """
     if dtype == "auto":
@@ -115,16 +122,41 @@ def load_base(
         model, params = models.shapes(name, dtype=dtype, quantize=quantize)
     options = {} if mesh is None else {"place": sharding.Activations(mesh)}
     model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll), **options)
-    return Base(name, model, params, tokenizer or load_tokenizer(name), mesh)
+    files, ids = tokens.add(models.tokenizer_files(name), new_tokens)
+    needed = max(ids, default=-1) + 1
+    tokenizer = chat.Tokenizer.from_files(files)
+    if tokenizer_folder is not None and (Path(tokenizer_folder) / "tokenizer.json").is_file():
+        files = models.tokenizer_files(tokenizer_folder)
+        before, tokenizer = tokenizer, chat.Tokenizer.from_files(files)
+        needed = tokenizer.vocab_size if tokenizer.vocab_size > before.vocab_size else needed
+    model, params = tokens.grow(model, params, needed)
+    return Base(name, model, params, tokenizer, files, ids, mesh)
 
 
-def adapt_base(base: Base, lora: jlora.LoraConfig, key: jax.Array) -> Base:
-    """Puts fresh adapters into the weights, on a mesh each beside its weight."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    init = functools.partial(jlora.init, config=lora, fn=base.apply, args=(tokens,))
+def adapt_base(
+    base: Base, lora: jlora.LoraConfig, key: jax.Array, *, originals: Any = None
+) -> Base:
+    """Puts fresh adapters into the weights, on a mesh each beside its weight.
+
+    Args:
+      base: without adapters.
+      lora: the config.
+      key: of the adapters' start.
+      originals: for a `lora.init` over quantised weights, those before quantising.
+
+    Raises:
+      NotImplementedError: for a `lora.init` that changes the base, or `lora.rows`, on a mesh.
+    """
+    example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    init = functools.partial(jlora.init, config=lora, fn=base.apply, args=(example,))
     leaves = jax.tree.leaves(base.params)
     if base.mesh is None or isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return dataclasses.replace(base, params=init(key, base.params))
+        return dataclasses.replace(base, params=init(key, base.params, base=originals))
+    if lora.init != "default" or lora.rows:
+        raise NotImplementedError(
+            "On a mesh of devices a run begins with lora.init=default and trains no single rows "
+            "(model.new_tokens, lora.rows). Leave these out, or leave out mesh to use one device."
+        )
     adapted = jax.eval_shape(init, key, base.params)
     where = sharding.shardings(adapted, base.mesh, sharding.DECODER_RULES)
 

@@ -30,6 +30,7 @@ Fine-tune language models with LoRA in JAX.
   jlora bench --shape 1b                         speed and memory of a step on this machine
   jlora plan RUN.yaml --topology v5p:4x4x4       whether a run fits hardware that is not here
 """
+_OTHER_BASE = "take an adapter on another base model than the one it was made for"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=f"{summary}: {described}")
         sub.add_argument("run", metavar="RUN", help="the folder of a run, such as runs/quickstart")
         sub.add_argument("-o", "--output", required=True, metavar="DIR", help=described)
+        sub.add_argument("--other-base", action="store_true", help=_OTHER_BASE)
         sub.set_defaults(command=command)
         if name == "merge":
             sub.add_argument(
@@ -167,6 +169,7 @@ def _add_generate(commands: Any) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the base; by default that of the run, and auto for a model",
     )
+    sub.add_argument("--other-base", action="store_true", help=_OTHER_BASE)
     sub.set_defaults(command=_generate)
 
 
@@ -360,10 +363,10 @@ def _load(args: argparse.Namespace) -> "Base":
     if saved.is_run(args.model):
         if args.adapter:
             raise ValueError("A run has its own adapter; --adapter goes with a model.")
-        return saved.load_run(args.model, _whisper, dtype=args.dtype)[0]
-    loaded = base.load_base(args.model, dtype=args.dtype or "auto")
+        return saved.load_run(args.model, _whisper, dtype=args.dtype, other_base=args.other_base)[0]
+    loaded = base.load_base(args.model, dtype=args.dtype or "auto", tokenizer_folder=args.adapter)
     if args.adapter:
-        params, _ = peft.load(args.adapter, loaded.params)
+        params, _ = peft.load(args.adapter, loaded.params, other_base=args.other_base)
         loaded = dataclasses.replace(loaded, params=params)
     return loaded
 
@@ -374,23 +377,23 @@ def _merge(args: argparse.Namespace) -> None:
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, _, into = saved.load_to_merge(args.run, _whisper, into=args.into)
+    loaded, _, into = saved.load_to_merge(
+        args.run, _whisper, into=args.into, other_base=args.other_base
+    )
     errors = saved.merge_report(args.run, loaded.params, args.error_layers)
     merged = jlora.merge_params(loaded.params)
-    files = models.tokenizer_files(loaded.name)
-    models.save(args.output, loaded.model, merged, tokenizer_files=files)
+    models.save(args.output, loaded.model, merged, tokenizer_files=loaded.tokenizer_files)
     _say(f"Wrote the merged model to {args.output}.{into}")
     if errors:
         _say(errors)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from jlora import peft, saved
+    from jlora import saved
 
     _set_up_process()
     _refuse_occupied(args.output)
-    loaded, lora = saved.load_run(args.run, _whisper)
-    peft.save(args.output, loaded.params, lora, base_model=loaded.name)
+    saved.export(args.run, args.output, _whisper, other_base=args.other_base)
     _say(f"Wrote the adapter to {args.output}.")
 
 

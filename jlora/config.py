@@ -66,6 +66,8 @@ class ModelConfig(_Section):
       quantize: QLoRA: keeps the frozen weights of linear layers in nf4 (4.13 bits a parameter),
         int8 or float8, and computes in `dtype`; null for none.
       cache: whether to keep the quantised weights on disk, for a faster next start.
+      new_tokens: texts to add to the tokenizer; only their rows of the embedding train, and of an
+        untied head.
     """
 
     path: str
@@ -74,6 +76,7 @@ class ModelConfig(_Section):
     unroll: _Count = 1
     quantize: Literal["nf4", "int8", "float8"] | None = None
     cache: bool = False
+    new_tokens: tuple[str, ...] = ()
 
 
 class DataConfig(_Section):
@@ -101,8 +104,18 @@ class DataConfig(_Section):
     pack: bool = True
 
 
+_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)"
+
+
+def _init(name: str) -> str:
+    if not re.fullmatch(_INITS, name):
+        text = "default, pissa, pissa_niter_16, olora, loftq or loftq_iter_5"
+        raise pydantic_core.PydanticCustomError("init", "{text}", {"text": text})
+    return name
+
+
 class LoraSection(_Section):
-    """What to adapt; the fields of `jlora.LoraConfig`."""
+    """What to adapt and how it starts; the fields of `jlora.LoraConfig`."""
 
     rank: _Count = 16
     alpha: _Positive = 32.0
@@ -113,8 +126,10 @@ class LoraSection(_Section):
     dropout: _Fraction = 0.0
     rank_stabilized: bool = False
     train: tuple[str, ...] | str = ()
+    rows: dict[str, tuple[Annotated[int, pydantic.Field(ge=0)], ...]] = {}
     dtype: Literal["float32", "bfloat16"] = "float32"
     variant: Literal["lora", "dora"] = "lora"
+    init: Annotated[str, pydantic.AfterValidator(_init)] = "default"
 
 
 class OptimConfig(_Section):
@@ -457,6 +472,15 @@ def _check_together(config: RunConfig, path: Path) -> None:
         )
     if config.eval.patience and not config.eval.every:
         raise ValueError(f"{path}: eval.patience counts evaluations: set eval.every too.")
+
+    if config.lora.init.startswith("loftq") and config.model.quantize is None:
+        raise ValueError(
+            f"{path}: lora.init={config.lora.init} makes up for the error of quantising: set "
+            "model.quantize, for instance to nf4."
+        )
+    if config.lora.init != "default" and config.lora.variant != "lora":
+        both = f"lora.init={config.lora.init} changes the base, lora.variant measures it"
+        raise ValueError(f"{path}: {both}: choose one of the two.")
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

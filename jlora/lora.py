@@ -27,6 +27,7 @@ from jlora.lora_config import Axis, LoraConfig
 from jlora.lowrank import LowRank
 from jlora.packed_products import PackedLowRank
 from jlora.quant import QuantArray, dequantize
+from jlora.rows import RowsArray, choose_rows
 from jlora.targets import choose, leaves_by_path
 from jlora.usage import find_weights
 
@@ -238,6 +239,7 @@ def init(
         if isinstance(leaves[path], LoraArray):
             raise ValueError(f"{path!r} already has an adapter; merge it before adding another.")
     _check_train(leaves, config, roles)
+    rows = choose_rows(leaves, config, roles)
 
     shapes = {path: _factor_shapes(path, leaves[path], r, config) for path, r in roles.items()}
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
@@ -248,6 +250,9 @@ def init(
     factors = jax.eval_shape(draw, key) if abstract else draw(key)
 
     def adapt_leaf(path: str, leaf: Any) -> Any:
+        if path in rows:
+            begin = functools.partial(RowsArray.start, dtype=config.dtype, **rows[path])
+            return jax.eval_shape(begin, leaf) if abstract else begin(leaf)
         if path not in roles:
             return leaf
         scaling = config.scaling_of(path)
@@ -333,6 +338,8 @@ def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterabl
         for path in matched:
             if path in adapted:
                 raise ValueError(f"{path!r} is both in targets and in train; choose one.")
+            if isinstance(leaves[path], RowsArray):
+                raise ValueError(f"{path!r} is both in rows and in train; choose one.")
             if isinstance(leaves[path], QuantArray):
                 raise ValueError(
                     f"train names {path!r}, which is quantised ({type(leaves[path]).__name__}) and "
@@ -396,7 +403,7 @@ def labels(params: Any, config: LoraConfig) -> Any:
     """
 
     def label(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, LoraArray):
+        if isinstance(leaf, LoraArray | RowsArray):
             return leaf.labels()
         if isinstance(leaf, QuantArray):
             return jax.tree.map(lambda _: "frozen", leaf)
@@ -446,6 +453,9 @@ def merge_params(params: Any, *, dtype: Any = None, requantize: bool = False) ->
     def merge(leaf: Any) -> Any:
         if isinstance(leaf, QuantArray):
             return leaf if requantize else dequantize(leaf, dtype=dtype)
+        if isinstance(leaf, RowsArray):
+            w = leaf.w if dtype is None else leaf.w.astype(dtype)
+            return dataclasses.replace(leaf, w=w).materialise()
         if not isinstance(leaf, LoraArray):
             return leaf
         if requantize and isinstance(leaf.w, QuantArray):

@@ -36,11 +36,13 @@ class LoraConfig:
       dropout: the share of the low-rank branch's inputs that is zeroed while `adapt` has a key.
       rank_stabilized: scale by `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732).
       train: patterns of leaves that train whole: norms, heads, biases.
+      rows: from patterns to numbers of rows that train alone, `{"embed_tokens": (49152, 49153)}`:
+        rows of a table `[vocab, d]`, or columns of a matrix whose path ends in `kernel`.
       axes: from patterns to the role of each axis, `"in"`, `"out"` or `"stack"`, for weights of
         more than two axes where `init` gets no function to read the roles from, for instance
         `{"*/q_proj/kernel": ("stack", "in", "out")}`.
       init: how an adapter starts: `"default"` changes nothing; `"pissa"`, `"pissa_niter_16"`,
-        `"loftq"` and `"loftq_iter_5"` are in `jlora.variants`, and change the base too.
+        `"olora"`, `"loftq"` and `"loftq_iter_5"` are in `jlora.variants`, and change the base too.
       variant: what a leaf stands for: `"lora"`, or `"dora"` (`jlora.dora`).
       dtype: of `a` and `b`. In bfloat16 an update of 2e-4 rounds away once |b| passes 0.06.
     """
@@ -54,6 +56,7 @@ class LoraConfig:
     dropout: float = 0.0
     rank_stabilized: bool = False
     train: Sequence[Pattern] = ()
+    rows: Any = ()
     axes: Any = ()
     init: str = "default"
     dtype: str = "float32"
@@ -62,7 +65,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "train"):
             object.__setattr__(self, field, _as_patterns(getattr(self, field)))
-        for field in ("rank_pattern", "alpha_pattern", "axes"):
+        for field in ("rank_pattern", "alpha_pattern", "axes", "rows"):
             object.__setattr__(self, field, _as_pairs(getattr(self, field)))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         for rank in (self.rank, *(rank for _, rank in self.rank_pattern)):
@@ -80,6 +83,13 @@ class LoraConfig:
                 f"init={self.init!r} changes the base, and variant={self.variant!r} measures the "
                 "base: they cannot be combined. Choose one of the two."
             )
+        for pattern, numbers in self.rows:
+            whole = all(isinstance(n, int | np.integer) and n >= 0 for n in numbers)
+            if not whole or not numbers or len(set(numbers)) < len(numbers):
+                raise ValueError(
+                    f"rows for {pattern!r} must be different whole numbers of at least 0, got "
+                    f"{numbers!r}."
+                )
         for pattern, roles in self.axes:
             unknown = set(roles) - {"stack", "in", "out"}
             if unknown or not {"in", "out"} <= set(roles):

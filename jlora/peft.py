@@ -18,6 +18,7 @@ import numpy as np
 
 from jlora import tree
 from jlora.dora import DoraArray
+from jlora.fingerprint import check_base, fingerprint
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, labels, leaves_by_path
 from jlora.peft_folder import CONFIG, read_settings, read_tensors, write
@@ -25,11 +26,14 @@ from jlora.peft_names import (
     HEAD,
     Place,
     find_places,
+    is_targeted,
     is_tied,
+    nested,
     suffixes,
     with_parents,
 )
-from jlora.peft_read import check_shape, dense, match, read_adapter, read_config
+from jlora.peft_read import check_shape, dense, match, read_adapter, read_config, read_rows
+from jlora.rows import RowsArray
 
 __all__ = ["load", "save"]
 
@@ -46,6 +50,8 @@ def save(
     *,
     base_model: str = "",
     base_license: str = "",
+    revision: str = "",
+    base: Mapping[str, str] | None = None,
     serve: bool = False,
 ) -> None:
     """Writes a folder that `peft.PeftModel.from_pretrained` loads on the same base model.
@@ -60,6 +66,9 @@ def save(
       config: the config it was made with.
       base_model: name or folder of the base model, noted in the config and the model card.
       base_license: the base model's license, e.g. "apache-2.0", noted in the model card.
+      revision: the base model's commit on the hub, noted in the config.
+      base: the base model's `jlora.fingerprint`, which `load` compares with the model it is given;
+        by default that of the weights in `params` that do not train.
       serve: write what vLLM takes: one rank and one alpha for all weights, with every scaling
         inside `lora_B` and zeros up to the largest rank.
 
@@ -83,12 +92,13 @@ def save(
                 f"The adapter at {path!r} is one half of a split; "
                 "give the whole tree, jlora.combine(trainable, frozen)."
             )
-    places = find_places(leaves)
+    places = nested(find_places(leaves), adapters)
+    tables = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, RowsArray)}
     names = leaves_by_path(labels(params, config))
     trained = [path for path, name in names.items() if isinstance(name, str) and name == "full"]
-    _check_expressible(adapters, trained, places)
+    _check_expressible(adapters, [*trained, *tables], places)
     if serve:
-        adapters, config = _for_serving(adapters, trained, config)
+        adapters, config = _for_serving(adapters, [*trained, *tables], config, places)
     tensors = {}
     for path, leaf in adapters.items():
         tensors |= _factor_tensors(leaf, places[path])
@@ -104,16 +114,30 @@ def save(
     settings["bias"] = bias
     for path in biases:
         whole |= _bias_tensors(leaves[path], places[path], tensors)
+    whole |= {
+        places[path].rows_name(): np.asarray(leaf.rows.astype(jnp.float32))
+        for path, leaf in tables.items()
+    }
+    settings["trainable_token_indices"] = _token_rows(tables, places)
     settings["base_model_name_or_path"] = base_model or None
-    write(pathlib.Path(directory), settings, tensors | whole, base_license)
+    if revision:
+        settings["revision"] = revision
+    base = fingerprint(params, skip=trained) if base is None else base
+    write(pathlib.Path(directory), settings, tensors | whole, base_license, base)
 
 
-def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfig]:
+def load(
+    directory: str | os.PathLike[str], params: Any, *, other_base: bool = False
+) -> tuple[Any, LoraConfig]:
     """Puts a PEFT adapter's factors on a base model's parameters.
+
+    An adapter that this package wrote knows its base by shapes and samples of weights
+    (`jlora.fingerprint`); for one of PEFT's, shapes alone are compared.
 
     Args:
       directory: holds `adapter_config.json` and `adapter_model.safetensors`.
       params: plain or quantised, without adapters.
+      other_base: take `params` even if they are not the base that the adapter was made for.
 
     Returns:
       The tree with `LoraArray` leaves (float32 factors), and a config with which `jlora.init` would
@@ -121,21 +145,30 @@ def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfi
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if a file is broken, or tensors are missing, left over or of a wrong shape.
+      ValueError: if a file is broken, tensors are missing, left over or of a wrong shape, or the
+        adapter was made for another base.
       NotImplementedError: if the adapter is more than LoRA or DoRA and modules trained whole.
     """
     folder = pathlib.Path(directory)
     settings = read_settings(folder / CONFIG)
-    tensors = read_tensors(folder)
+    tensors, base = read_tensors(folder)
     if settings["bias"] != "none":
         tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
-        if isinstance(leaf, LoraArray):
+        if isinstance(leaf, LoraArray | RowsArray):
             raise ValueError(f"{path!r} already has an adapter; merge it before loading another.")
+    if not other_base:
+        name, commit = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
+        check_base(folder, f"{name or ''}{f' of revision {commit}' * bool(commit)}", base, params)
     places = find_places(leaves)
-    adapted, whole = match(folder, settings, tensors, leaves, places)
+    places = nested(
+        places, [p for p, x in places.items() if is_targeted(x.modules[0], x, settings)]
+    )
+    adapted, whole, tables = match(folder, settings, tensors, leaves, places)
     filled: dict[str, Any] = {}
+    for path in tables:
+        filled[path] = read_rows(folder, settings, tensors, path, leaves[path], places[path])
     for path in adapted:
         filled[path] = read_adapter(folder, settings, tensors, path, leaves[path], places[path])
     for path in whole:
@@ -150,13 +183,21 @@ def load(directory: str | os.PathLike[str], params: Any) -> tuple[Any, LoraConfi
 
 
 def _for_serving(
-    adapters: Mapping[str, LoraArray], trained: Sequence[str], config: LoraConfig
+    adapters: Mapping[str, LoraArray],
+    trained: Sequence[str],
+    config: LoraConfig,
+    places: Mapping[str, Place],
 ) -> tuple[dict[str, LoraArray], LoraConfig]:
     """The same updates with one rank and a scaling of 1, and the config that says so."""
     advice = "Merge the adapter with jlora.merge_params, save the whole model and serve that."
     if trained:
         raise NotImplementedError(
-            f"vLLM takes no weight trained whole beside an adapter, as {trained[0]!r} is. {advice}"
+            f"vLLM takes no trained weight beside an adapter, as {trained[0]!r} is one. {advice}"
+        )
+    if raw := next((path for path in adapters if places[path].raw), None):
+        raise NotImplementedError(
+            f"{raw!r} is a parameter that PEFT adapts by target_parameters, and vLLM wants experts "
+            f"in another layout. {advice}"
         )
     rank = max(leaf.rank for leaf in adapters.values())
 
@@ -188,9 +229,10 @@ def _check_expressible(
             )
     for path, leaf in adapters.items():
         place = places[path]
-        stack = ("stack",) if place.stacked else ()
+        stack = ("stack",) * (leaf.ndim - 2)
         fits = leaf.axes in ((*stack, "in", "out"), (*stack, "out", "in"))
-        if place.kind not in ("kernel", "embedding") or not fits:
+        is_stack = leaf.ndim - 2 == place.stacked + (place.parameter not in ("weight", "bias"))
+        if place.kind not in ("kernel", "embedding") or not fits or not is_stack:
             raise NotImplementedError(
                 f"The adapter at {path!r} has axes {leaf.axes}; PEFT knows one input and one "
                 "output axis a layer. Merge it with jlora.merge_params and save the whole model."
@@ -198,6 +240,11 @@ def _check_expressible(
         if place.kind == "embedding" and is_tied(places):
             raise NotImplementedError(
                 f"The adapter at {path!r} cannot be exported: {_TIED_ADVICE}."
+            )
+        if place.raw and isinstance(leaf, DoraArray):
+            raise NotImplementedError(
+                f"The adapter at {path!r} is DoRA, which PEFT lacks for experts and routers. Merge "
+                "it with jlora.merge_params and save the whole model."
             )
     if len({type(leaf) for leaf in adapters.values()}) > 1:
         raise NotImplementedError(
@@ -251,6 +298,13 @@ def _bias_tensors(
     return named
 
 
+def _token_rows(tables: Mapping[str, RowsArray], places: Mapping[str, Place]) -> Any:
+    """PEFT's `trainable_token_indices`: a list for the embedding alone, else an object."""
+    rows = {places[p].modules[0].rpartition(".")[2]: [*x.indices] for p, x in tables.items()}
+    embeds = all(places[path].kind == "embedding" for path in tables)
+    return next(iter(rows.values())) if rows and embeds else rows or None
+
+
 def _factor_tensors(leaf: LoraArray, place: Place) -> dict[str, np.ndarray]:
     a, b = (np.asarray(x.astype(jnp.float32)) for x in (leaf.a, leaf.b))
     if not place.stacked:
@@ -261,8 +315,9 @@ def _factor_tensors(leaf: LoraArray, place: Place) -> dict[str, np.ndarray]:
     for module, a_layer, b_layer in zip(place.modules, a, b, strict=True):
         down, up = place.factor_names(module)
         if a_layer.any() or b_layer.any():  # else a layer without an adapter, see `_adapter`
-            tensors[down] = np.ascontiguousarray(a_layer.T)  # [rank d_in]
-            tensors[up] = np.ascontiguousarray(b_layer.T)  # [d_out rank]
+            a_layer = a_layer.swapaxes(-1, -2)  # [rank d_in], or [experts rank d_in]
+            tensors[down] = np.ascontiguousarray(a_layer.reshape(-1, a_layer.shape[-1]))
+            tensors[up] = np.ascontiguousarray(b_layer.T.reshape(b_layer.shape[-1], -1))
     if isinstance(leaf, DoraArray):
         magnitude = np.asarray(leaf.magnitude.astype(jnp.float32))
         for module, lengths in zip(place.modules, magnitude if place.stacked else magnitude[None]):
@@ -300,17 +355,20 @@ def _settings(
     whole: Iterable[str],
 ) -> dict[str, Any]:
     """The contents of adapter_config.json."""
-    adapted = {
-        module: path
+    targets = {
+        places[path].target(module): path
         for path in adapters
         for module in places[path].modules
         if places[path].factor_names(module)[0] in tensors
     }
+    raw = [name for name, path in targets.items() if places[path].raw]
+    adapted = {name: path for name, path in targets.items() if name not in raw}
     others = {module for place in places.values() for module in place.modules} - set(adapted)
+    parameters = {f"{m}.{place.parameter}" for place in places.values() for m in place.modules}
     if is_tied(places):
         others.add(HEAD)
-    ranks = {module: adapters[path].rank for module, path in adapted.items()}
-    alphas = {module: _alpha(adapters[path], config) for module, path in adapted.items()}
+    ranks = {name: adapters[path].rank for name, path in targets.items()}
+    alphas = {name: _alpha(adapters[path], config) for name, path in targets.items()}
     rank = _usual(ranks.values(), config.rank)
     alpha = _usual(alphas.values(), config.alpha)
     saved = sorted(set(whole))
@@ -322,8 +380,9 @@ def _settings(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _whole_number(alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": suffixes(adapted, others),
+        "lora_dropout": 0.0 if raw else config.dropout,  # which PEFT has not for parameters
+        "target_modules": suffixes(adapted, others) or None,
+        "target_parameters": suffixes(raw, parameters - set(raw)) or None,
         # PEFT looks for these at the end of names without regard to dots: "norm" would also mean
         # every "input_layernorm".
         "modules_to_save": suffixes(saved, unsaved, at_dot=False) or None,

@@ -16,12 +16,16 @@ __all__ = ["CONFIG", "WEIGHTS", "listed", "read_settings", "read_tensors", "writ
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Metadata of the tensors' file, which other readers pass over; an unknown key of the config is an
+# error in some of them.
+_BASE = "jlora_base"
 
 # Fields of adapter_config.json that are read, or that change nothing in how an adapter computes.
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "modules_to_save", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "use_dora", "layers_to_transform", "layers_pattern", "bias",
+    "trainable_token_indices", "target_parameters",
 }  # fmt: skip
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -85,14 +89,18 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
     layers = settings.get("layers_to_transform")
     if not all(type(x) is int for x in (layers if isinstance(layers, list) else [layers or 0])):
         refuse("layers_to_transform", "a layer's number or a list of them")
+    tokens = settings.get("trainable_token_indices") or {}
+    for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
+        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+            refuse("trainable_token_indices", "a list of rows, or an object from names to those")
     if settings["bias"] not in ("none", "all", "lora_only"):
         refuse("bias", "'none', 'all' or 'lora_only'")
     dropout = settings["lora_dropout"]
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         refuse("lora_dropout", "at least 0 and below 1")
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = settings.get(name) or []
-        text = isinstance(value, str) and name != "modules_to_save"
+        text = isinstance(value, str) and name in ("target_modules", "exclude_modules")
         if not text and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
             refuse(name, "a list of names")
     regexes = [settings.get(name) for name in ("target_modules", "exclude_modules")]
@@ -103,8 +111,11 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{file}: {regex!r} is no regular expression: {error}.") from None
 
 
-def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The file's tensors in float32, by their names in the base model."""
+def read_tensors(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The file's tensors in float32, by their names in the base model, and its base's fingerprint.
+
+    The fingerprint is empty where the file has none, as those that PEFT writes.
+    """
     file = folder / WEIGHTS
     if not file.is_file():
         if (folder / "adapter_model.bin").is_file():
@@ -117,16 +128,17 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     tensors = {}
     try:
         with safetensors.safe_open(file, "np") as opened:
+            base = json.loads((opened.metadata() or {}).get(_BASE, "{}"))
             for name in opened.keys():  # noqa: SIM118
                 tensors[name] = opened.get_tensor(name).astype(np.float32)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is broken or incomplete: {error}.") from None
     if strange := sorted(name for name in tensors if not name.startswith(_PREFIX)):
         raise ValueError(
             f"{file}: tensor names of a PEFT adapter begin with {_PREFIX!r}; these do not: "
             f"{listed(strange)}."
         )
-    return {name.removeprefix(_PREFIX): array for name, array in tensors.items()}
+    return {name.removeprefix(_PREFIX): array for name, array in tensors.items()}, base
 
 
 def write(
@@ -134,15 +146,18 @@ def write(
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     base_license: str,
+    base: Mapping[str, str],
 ) -> None:
     """Writes config, tensors and model card beside the folder, then moves them into place.
 
-    A folder that was not there appears whole. In one that was, each file is replaced whole.
+    `base` is the base model's fingerprint. A folder that was not there appears whole. In one that
+    was, each file is replaced whole.
     """
     prefixed = {_PREFIX + name: array for name, array in tensors.items()}
+    metadata = {"format": "pt"} | ({_BASE: json.dumps(base)} if base else {})
     contents = {
         "README.md": _model_card(settings, base_license).encode(),
-        WEIGHTS: safetensors.numpy.save(prefixed, metadata={"format": "pt"}),
+        WEIGHTS: safetensors.numpy.save(prefixed, metadata=metadata),
         CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
     }
     if folder.exists() and not folder.is_dir():
@@ -207,7 +222,11 @@ def _model_card(settings: Mapping[str, Any], base_license: str) -> str:
         of=f" for {base_model}" if base_model else "",
         rank=settings["r"],
         alpha=settings["lora_alpha"],
-        targets=", ".join(f"`{target}`" for target in settings["target_modules"]),
+        targets=", ".join(
+            f"`{target}`"
+            for name in ("target_modules", "target_parameters")
+            for target in settings[name] or ()
+        ),
         base=json.dumps(base_model or "path/to/the/base/model"),
     )
 

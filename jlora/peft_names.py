@@ -16,8 +16,10 @@ __all__ = [
     "is_saved",
     "is_targeted",
     "is_tied",
+    "nested",
     "pattern_value",
     "suffixes",
+    "token_rows",
     "with_parents",
 ]
 
@@ -36,11 +38,18 @@ class Place:
     parameter: str  # "weight" or "bias"
     stacked: bool
     kind: str  # "embedding", "kernel" (transposed there) or another name of a leaf
+    # A weight that is no module of its own there (experts, a router): PEFT names the parameter.
+    raw: bool = False
+    inner: bool = False  # PEFT wraps the module again for the next of its parameters
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one module's tensor, for a leaf of a given shape."""
         shape = shape[1:] if self.stacked else shape
-        return shape[::-1] if self.kind == "kernel" else shape
+        return (*shape[:-2], *shape[:-3:-1]) if self.kind == "kernel" else shape
+
+    def target(self, module: str) -> str:
+        """What PEFT's patterns match for one of the modules."""
+        return f"{module}.{self.parameter}" if self.raw else module
 
     def tensors(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """The whole leaf by its names in the files' model."""
@@ -60,12 +69,25 @@ class Place:
         """What PEFT calls the two factors on a module."""
         if self.kind == "embedding":
             return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+        module += ".base_layer" * self.inner
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+    def rows_name(self) -> str:
+        """What PEFT calls the rows of a table that train alone."""
+        return f"{self.modules[0]}.token_adapter.trainable_tokens_delta"
 
     def adapter_names(self, module: str, *, dora: bool) -> tuple[str, ...]:
         """What PEFT calls all tensors of an adapter on a module."""
         magnitude = (f"{module}.lora_magnitude_vector",) if dora else ()
         return (*self.factor_names(module), *magnitude)
+
+
+def token_rows(module: str, place: Place, settings: Mapping[str, Any]) -> list[int] | None:
+    """The rows of a module that PEFT's `trainable_token_indices` names; None for another module."""
+    given = settings.get("trainable_token_indices") or {}
+    if isinstance(given, list):  # those of the model's input embedding
+        return given if place.kind == "embedding" else None
+    return next((rows for name, rows in given.items() if _ends(module, name)), None)
 
 
 def find_places(leaves: Mapping[str, Any]) -> dict[str, Place]:
@@ -77,8 +99,17 @@ def find_places(leaves: Mapping[str, Any]) -> dict[str, Place]:
         template, _, parameter = hf.hf_name(path).rpartition(".")
         stacked = "{}" in template
         modules = tuple(template.format(layer) for layer in range(leaf.shape[0] if stacked else 1))
-        places[path] = Place(modules, parameter, stacked, path.rpartition("/")[2])
+        raw = path.startswith("layers/mlp/experts/") or path == "layers/mlp/gate/kernel"
+        places[path] = Place(modules, parameter, stacked, path.rpartition("/")[2], raw)
     return places
+
+
+def nested(places: Mapping[str, Place], adapted: Iterable[str]) -> dict[str, Place]:
+    """The places where, of two parameters of one module that are adapted, one is wrapped inside."""
+    gate_up, down = (f"layers/mlp/experts/{name}_proj/kernel" for name in ("gate_up", "down"))
+    if not {gate_up, down} <= set(adapted):
+        return dict(places)
+    return {**places, gate_up: dataclasses.replace(places[gate_up], inner=True)}
 
 
 def is_tied(places: Mapping[str, Place]) -> bool:
@@ -89,6 +120,8 @@ def is_tied(places: Mapping[str, Place]) -> bool:
 
 def is_targeted(module: str, place: Place, settings: Mapping[str, Any]) -> bool:
     """PEFT's rule; with no `target_modules` the tensors of the file say it."""
+    if place.raw:
+        return any(_ends(place.target(module), x) for x in settings.get("target_parameters") or ())
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
     if not targets or _is_named(module, excluded) or is_saved(module, settings):
         return False

@@ -14,9 +14,18 @@ from jlora.dora import DoraArray
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig
 from jlora.peft_folder import CONFIG, WEIGHTS, listed
-from jlora.peft_names import HEAD, Place, is_saved, is_targeted, is_tied, pattern_value
+from jlora.peft_names import (
+    HEAD,
+    Place,
+    is_saved,
+    is_targeted,
+    is_tied,
+    pattern_value,
+    token_rows,
+)
+from jlora.rows import RowsArray
 
-__all__ = ["check_shape", "dense", "match", "read_adapter", "read_config"]
+__all__ = ["check_shape", "dense", "match", "read_adapter", "read_config", "read_rows"]
 
 
 def dense(leaf: Any) -> Any:
@@ -30,9 +39,9 @@ def match(
     tensors: Mapping[str, np.ndarray],
     leaves: Mapping[str, Any],
     places: Mapping[str, Place],
-) -> tuple[list[str], list[str]]:
-    """The paths that get factors and those replaced whole, where every tensor has a use."""
-    adapted, whole = [], []
+) -> tuple[list[str], list[str], list[str]]:
+    """The paths with factors, replaced whole and with rows, where every tensor has a use."""
+    adapted, whole, tables = [], [], []
     expected: set[str] = set()
     targeted = {module for p in places.values() for module in _covered(p, settings, tensors)}
     spare: set[str] = set()  # copies of base weights, which PEFT stores beside adapted embeddings
@@ -47,6 +56,9 @@ def match(
             whole.append(path)
             expected.update(f"{module}.{place.parameter}" for module in place.modules)
             continue
+        if place.parameter == "weight" and token_rows(place.modules[0], place, settings):
+            tables.append(path)
+            expected.add(place.rows_name())
         if _takes_factors(folder, path, place, settings, tensors):
             adapted.append(path)
             dora = settings["use_dora"]
@@ -65,9 +77,33 @@ def match(
             f"{folder / WEIGHTS} does not fit {CONFIG} and the model. Missing from the file: "
             f"{listed(sorted(missing))}. Without a place in the model: {listed(sorted(unused))}."
         )
-    if not adapted:
+    if not adapted and not tables:
         raise ValueError(f"{folder} holds no factors for any weight of this model.")
-    return adapted, whole
+    return adapted, whole, tables
+
+
+def read_rows(
+    folder: pathlib.Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    path: str,
+    leaf: Any,
+    place: Place,
+) -> RowsArray:
+    """A table with the rows that the file has for it."""
+    numbers = token_rows(place.modules[0], place, settings) or []
+    size, width = place.shape(leaf.shape)
+    if max(numbers) >= size:
+        raise ValueError(
+            f"{folder} trains row {max(numbers)} of {path!r}, which has {size} here. If tokens "
+            f"were added to the model, make room for them first: jlora.tokens.grow."
+        )
+    if is_array_leaf(leaf):
+        raise NotImplementedError(f"{folder} adapts {path!r} and trains rows of it besides.")
+    check_shape(folder, place.rows_name(), tensors[place.rows_name()], (len(numbers), width))
+    table = RowsArray.start(leaf, jnp.float32, numbers, int(place.kind == "kernel"))
+    rows = tensors[place.rows_name()][np.argsort(numbers)]
+    return dataclasses.replace(table, rows=jnp.asarray(rows))
 
 
 def _takes_factors(
@@ -97,6 +133,8 @@ def _covered(
     place: Place, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> list[str]:
     """The modules of a leaf that the file or the config has an adapter for."""
+    if place.raw:
+        return [module for module in place.modules if is_targeted(module, place, settings)]
     if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
         return []
     return [
@@ -174,19 +212,22 @@ def read_adapter(
 ) -> LoraArray:
     """The adapter of a leaf, from the tensors of all its modules."""
     rank, alpha = _rank_and_alpha(folder, settings, path, place)
-    d_in, d_out = leaf.shape[-2:]
+    *stack, d_in, d_out = leaf.shape
+    experts = tuple(stack[place.stacked :])
+    count = math.prod(experts)
     downs, ups, lengths = [], [], []
     for module in place.modules:
         down, up, magnitude = place.adapter_names(module, dora=True)
         if down not in tensors:
             # Not adapted. Where both factors are zero, so are their gradients: it stays that way.
-            downs.append(np.zeros((d_in, rank), np.float32))
-            ups.append(np.zeros((rank, d_out), np.float32))
+            downs.append(np.zeros((*experts, d_in, rank), np.float32))
+            ups.append(np.zeros((*experts, rank, d_out), np.float32))
             continue
-        check_shape(folder, down, tensors[down], (rank, d_in))
-        check_shape(folder, up, tensors[up], (d_out, rank))
-        downs.append(tensors[down].T)
-        ups.append(tensors[up].T)
+        check_shape(folder, down, tensors[down], (count * rank, d_in))
+        check_shape(folder, up, tensors[up], (d_out, rank * count))
+        # PEFT has a rank of one expert after the other in A, and expert by expert of a rank in B.
+        downs.append(tensors[down].reshape(*experts, rank, d_in).swapaxes(-1, -2))
+        ups.append(tensors[up].reshape(d_out, rank, *experts).T)
         if settings["use_dora"]:
             check_shape(folder, magnitude, tensors[magnitude], (d_out,))
             lengths.append(tensors[magnitude])
@@ -197,7 +238,7 @@ def read_adapter(
         a,
         b,
         scaling=alpha / (math.sqrt(rank) if settings["use_rslora"] else rank),
-        axes=("stack", "in", "out") if place.stacked else ("in", "out"),
+        axes=(*(("stack",) * len(stack)), "in", "out"),
         dropout=settings["lora_dropout"],
     )
     if not lengths:
@@ -211,10 +252,10 @@ def _rank_and_alpha(
 ) -> tuple[int, float]:
     pairs = {
         (
-            pattern_value(settings["rank_pattern"], module, settings["r"]),
-            pattern_value(settings["alpha_pattern"], module, settings["lora_alpha"]),
+            pattern_value(settings["rank_pattern"], name, settings["r"]),
+            pattern_value(settings["alpha_pattern"], name, settings["lora_alpha"]),
         )
-        for module in place.modules
+        for name in map(place.target, place.modules)
     }
     if len(pairs) > 1:
         raise NotImplementedError(
@@ -233,6 +274,7 @@ def read_config(
 ) -> LoraConfig:
     """The config whose `init` would give the same leaves."""
     adapted = [path for path, leaf in filled.items() if isinstance(leaf, LoraArray)]
+    tables = [path for path, leaf in filled.items() if isinstance(leaf, RowsArray)]
     pairs = {path: _rank_and_alpha(folder, settings, path, places[path]) for path in adapted}
     weights = [path for path in leaves if path.rpartition("/")[2] not in ("bias", "scale")]
 
@@ -253,7 +295,12 @@ def read_config(
         dropout=settings["lora_dropout"],
         rank_stabilized=settings["use_rslora"],
         variant="dora" if settings["use_dora"] else "lora",
-        train=_patterns([path for path in filled if path not in adapted], leaves),
+        train=_patterns([path for path in filled if path not in (*adapted, *tables)], leaves),
+        rows={
+            pattern: filled[path].indices
+            for path in tables
+            for pattern in _patterns([path], leaves)
+        },
     )
 
 

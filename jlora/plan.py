@@ -20,6 +20,7 @@ import jlora
 from jlora import (
     config,
     devices,
+    fresh,
     hardware,
     hlo,
     packing,
@@ -343,10 +344,18 @@ def _adapted(
         params = hf.abstract(settled, quantize)
     else:
         params = gguf.shapes(model.file, dtype, quantize=quantize)[1]
-    lora = runs.lora_config(run)
+    if run.model.new_tokens:
+        raise NotImplementedError("jlora plan knows no new tokens: leave out model.new_tokens.")
+    if mesh.size > 1 and (run.lora.init != "default" or run.lora.rows):
+        raise NotImplementedError(
+            "On a mesh of devices a run begins with lora.init=default and trains no single rows: "
+            "leave out lora.init and lora.rows."
+        )
+    # An initialiser changes numbers and no shapes.
+    lora = dataclasses.replace(fresh.lora_config(run), init="default")
     network = decoder.Decoder(settled, place=sharding.Activations(mesh))
     no_tokenizer: Any = None
-    base = Base(run.model.path, network, params, no_tokenizer, mesh)
+    base = Base(run.model.path, network, params, no_tokenizer, {}, mesh=mesh)
     return adapt_base(base, lora, jax.random.key(run.seed)), lora
 
 

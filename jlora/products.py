@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import Context, Equation, explicit_sharding, is_array_leaf, rule
-from jlora.lowrank import Factored, LowRank, contract
+from jlora.leaf import ArrayLeaf, Context, Equation, explicit_sharding, is_array_leaf, rule
+from jlora.lowrank import LowRank, contract
 
 __all__ = ["arrange", "gather_axes", "gather_rows"]  # importing this module registers its rules
 
@@ -32,6 +32,17 @@ def _product(
     precision: Any = None,
 ) -> jax.Array:
     """`scaling * (x . u) . v` for any contraction of `x` with the weight."""
+    alone = [axis for axis in x_axes if axis not in leaf_axes]
+    count = len(alone)
+    leads = list(x_axes[:count]) == alone == list(out_axes[:count])
+    if count > 1 and leads and out.sharding is None and jax.default_backend() == "cpu":
+        # For the gradient of a factor, XLA's CPU backend transposes what it sums over if that is
+        # more than one axis, and computes what made it in that order: up to a third of a step.
+        one = jax.ShapeDtypeStruct((math.prod(x.shape[:count]), *out.shape[count:]), out.dtype)
+        x = x.reshape(-1, *x.shape[count:])
+        x_axes, out_axes = ["row", *x_axes[count:]], ["row", *out_axes[count:]]
+        rows = _product(x, x_axes, leaf, leaf_axes, out_axes, one, precision)
+        return rows.reshape(out.shape)
     rank = "rank"
     factors = [(f.astype(leaf.dtype), [*leaf_axes, rank]) for f in (leaf.u, leaf.v)]
     sizes = dict(zip(leaf_axes, leaf.shape)) | dict(zip(x_axes, x.shape))
@@ -190,7 +201,7 @@ def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
 
 
 def gather_axes(
-    equation: Equation, leaf: Factored, indices: Any
+    equation: Equation, leaf: ArrayLeaf, indices: Any
 ) -> tuple[list[int], list[Any], list[Any]] | None:
     """The axes that a gather indexes, those of gathered factors and of its result; None if none.
 

@@ -27,6 +27,7 @@ from jlora import (
     devices,
     docstrings,
     generate,
+    models,
     objective,
     optim,
     peft,
@@ -35,10 +36,11 @@ from jlora import (
     train,
 )
 from jlora.base import Base, adapt_base, cache_folder, load_base, load_tokenizer
+from jlora.fingerprint import fingerprint
+from jlora.fresh import adapt_run, lora_config, start_digest
 
 __all__ = [
     "inspect",
-    "lora_config",
     "make_loss",
     "make_optimizer",
     "read_data",
@@ -46,11 +48,6 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
-
-
-def lora_config(run: config.RunConfig) -> jlora.LoraConfig:
-    """The `LoraConfig` of a run."""
-    return jlora.LoraConfig(**run.lora.model_dump())
 
 
 def make_loss(
@@ -231,11 +228,10 @@ def _outcome(result: dict[str, Any]) -> str:
 
 def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: bool = True) -> _Job:
     """Everything that can be wrong is found here, the cheapest first."""
-    lora = lora_config(run)
     mesh = devices.make_mesh(None if run.mesh is None else run.mesh.model_dump(), on)
     rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
     devices.check_rows(mesh, rows)
-    tokenizer = load_tokenizer(run.model.path)
+    tokenizer = load_tokenizer(run.model.path, run.model.new_tokens)
     examples, held_out = read_data(run, tokenizer)
     batches = data.Batches(
         examples,
@@ -247,7 +243,7 @@ def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: boo
     steps = run.train.steps or math.ceil(
         batches.count(run.train.epochs or 1) / run.train.accumulation
     )
-    make_optimizer(run, lora, steps)
+    make_optimizer(run, lora_config(run), steps)
     targets = sum(example.num_targets for example in examples)
     say(
         f"{len(examples):,} training examples with {sum(map(len, examples)):,} tokens, of which "
@@ -261,17 +257,23 @@ def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: boo
         unroll=run.model.unroll,
         quantize=run.model.quantize,
         cache=run.model.cache,
-        tokenizer=tokenizer,
+        new_tokens=run.model.new_tokens,
         mesh=mesh,
     )
     # A target that matches nothing need not wait for the weights, which may take minutes.
-    base = adapt_base(load(weights=False), lora, jax.random.key(run.seed))
+    base = load(weights=False)
+    lora = lora_config(run, base)
+    base = adapt_base(base, lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
-    if weights:
-        base = adapt_base(load(), lora, jax.random.key(run.seed))
     digest = _digest(examples, held_out)
     devices.same_everywhere("The training data", digest)
-    metadata = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
+    metadata: dict[str, Any] = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
+    if weights:
+        base = load()
+        metadata["base"] = fingerprint(base.params)
+        base = adapt_run(run, base)
+        if lora.init != "default":
+            metadata["start"] = start_digest(base.params)
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
@@ -414,7 +416,21 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
     }
 
     def write() -> None:
-        peft.save(folder / "adapter", trained, job.lora, base_model=run.model.path)
+        adapter, lora = trained, job.lora
+        if lora.init != "default":  # of weights, only the shapes matter here
+            initial = job.base.params
+            adapter, lora = jlora.variants.to_plain_lora(initial, trained, lora, base=initial)
+        peft.save(
+            folder / "adapter",
+            adapter,
+            lora,
+            base_model=run.model.path,
+            revision=models.revision(run.model.path),
+            base=job.metadata["base"],
+        )
+        if job.base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
+            for name, text in job.base.tokenizer_files.items():
+                report.write_text(folder / "adapter" / name, text)
         lines = list(report.read_metrics(folder / "metrics.jsonl"))
         report.plot_losses(folder / "loss.png", lines, title=run.name)
         if samples:

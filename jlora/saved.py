@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import checkpoint, config, peft, train
-from jlora.base import Base, adapt_base, load_base
+from jlora import checkpoint, config, models, peft, report, train
+from jlora.base import Base, load_base
+from jlora.fingerprint import check_base
+from jlora.fresh import adapt_run, lora_config, read_originals
 from jlora.merging import MergeError
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
-from jlora.run import lora_config, make_optimizer
+from jlora.run import make_optimizer
 from jlora.targets import leaves_by_path
 
-__all__ = ["is_run", "load_run", "load_to_merge", "merge_report"]
+__all__ = ["export", "is_run", "load_run", "load_to_merge", "merge_report"]
 
 Say = Callable[[str], None]
 
@@ -38,6 +40,8 @@ def load_run(
     *,
     dtype: str | None = None,
     quantized: bool = True,
+    plain: bool = False,
+    other_base: bool = False,
 ) -> tuple[Base, jlora.LoraConfig]:
     """Loads the base model of a run with its adapter: the result, or the newest checkpoint's.
 
@@ -46,23 +50,49 @@ def load_run(
       say: told which checkpoint is used if the run is not finished.
       dtype: of the base; None for that of the run.
       quantized: False gives the base's own weights to a run that quantised them.
+      plain: of a run whose `lora.init` changed the base, the adapter for the original weights
+        instead of the model that training saw. So it is with `quantized=False`.
+      other_base: take the model at the run's path even if it is not what the run trained on.
     """
     folder = Path(folder)
     if not is_run(folder):
         raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml.")
     run = config.load(folder / "config.yaml")
+    if dtype is not None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": dtype})})
+    changed, finished = run.lora.init != "default", (folder / "result.json").exists()
+    plain = plain or not quantized
+    packs = quantized or (changed and not finished)  # a checkpoint goes with what training saw
     base = load_base(
         run.model.path,
-        dtype=dtype or run.model.dtype,
-        quantize=run.model.quantize if quantized else None,
+        dtype=run.model.dtype,
+        quantize=run.model.quantize if packs else None,
         cache=run.model.cache,
+        new_tokens=run.model.new_tokens,
     )
-    if (folder / "result.json").exists():
-        params, lora = peft.load(folder / "adapter", base.params)
+    lora = lora_config(run, base)
+    if finished:
+        params, saved_lora = peft.load(folder / "adapter", base.params, other_base=other_base)
+        if not changed or plain or not _has_packed(base.params):
+            return dataclasses.replace(base, params=params), saved_lora
+        params = jlora.variants.from_plain_lora(adapt_run(run, base).params, params)
         return dataclasses.replace(base, params=params), lora
-    lora = lora_config(run)
-    base = adapt_base(base, lora, jax.random.key(run.seed))
-    trainable, frozen = jlora.split(base.params, lora)
+    initial = adapt_run(run, base)
+    restored = _restore(folder, run, lora, initial.params, say)
+    if not other_base:
+        check_base(folder, run.model.path, restored.metadata["base"], base.params)
+    params = jlora.combine(restored.tree.trainable, jlora.split(initial.params, lora)[1])
+    if changed and plain:
+        originals = read_originals(run, base)
+        params, lora = jlora.variants.to_plain_lora(initial.params, params, lora, base=originals)
+    return dataclasses.replace(base, params=params), lora
+
+
+def _restore(
+    folder: Path, run: config.RunConfig, lora: jlora.LoraConfig, initial: Any, say: Say
+) -> checkpoint.Restored:
+    """The newest checkpoint of a run that began with this tree."""
+    trainable, _ = jlora.split(initial, lora)
     if not (folder / "checkpoints").is_dir():
         raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
     with contextlib.closing(
@@ -74,12 +104,37 @@ def load_run(
     if restored is None:
         raise FileNotFoundError(f"The run {folder} has no checkpoint yet.")
     say(f"{folder} is not finished: using its checkpoint of step {restored.step}.")
-    params = jlora.combine(restored.tree.trainable, frozen)
-    return dataclasses.replace(base, params=params), lora
+    return restored
+
+
+def export(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    say: Say,
+    *,
+    other_base: bool = False,
+) -> None:
+    """Writes a run's adapter as a PEFT folder, with the tokenizer beside it if tokens were added.
+
+    Args:
+      folder: of the run.
+      output: the folder to write.
+      say: as in `load_run`.
+      other_base: as in `load_run`.
+    """
+    loaded, lora = load_run(folder, say, plain=True, other_base=other_base)
+    revision = models.revision(loaded.name)
+    peft.save(output, loaded.params, lora, base_model=loaded.name, revision=revision)
+    for name, text in loaded.tokenizer_files.items() if loaded.new_tokens else ():
+        report.write_text(Path(output) / name, text)
 
 
 def load_to_merge(
-    folder: str | os.PathLike[str], say: Say, *, into: str | None = None
+    folder: str | os.PathLike[str],
+    say: Say,
+    *,
+    into: str | None = None,
+    other_base: bool = False,
 ) -> tuple[Base, jlora.LoraConfig, str]:
     """Loads a run for merging, and a remark on what its adapter is merged into.
 
@@ -88,11 +143,12 @@ def load_to_merge(
       say: as in `load_run`.
       into: for a run on quantised weights: "original" for those before quantising, "dequantized"
         for those that training saw; None for the former where there are such.
+      other_base: as in `load_run`.
 
     Raises:
       ValueError: if there are no such weights.
     """
-    base, lora = load_run(folder, say, quantized=into == "dequantized")
+    base, lora = load_run(folder, say, quantized=into == "dequantized", other_base=other_base)
     fmt = config.load(Path(folder) / "config.yaml").model.quantize
     is_packed = _has_packed(base.params)
     if into == "original" and is_packed:

@@ -24,6 +24,7 @@ from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray
 from jlora.packed import num_parts
 from jlora.quant import QuantArray, placements
+from jlora.rows import RowsArray
 from jlora.tree import Pattern
 
 __all__ = [
@@ -115,12 +116,16 @@ class Activations:
         Args:
           kind: `"stream"` and `"inputs"` are `[batch length d]`, between layers and as projections
             take them; `"heads"` `[batch length heads head_dim]`, `"units"` `[batch length units]`,
-            `"logits"` `[batch ... vocab]`.
+            `"logits"` `[batch ... vocab]`. `"columns"` and `"rows"` are kernels `[... d_in d_out]`
+            as products take them, with the axis cut that counts heads or units.
           shape: of the array.
         """
-        rows, middle = AXES[:2], [None] * (len(shape) - 2)
-        places: list[Any] = [rows, *middle, None]
+        places: list[Any] = [AXES[:2], *[None] * (len(shape) - 1)]
         match kind:
+            case "columns":
+                places = [None] * (len(shape) - 1) + ["tensor"]
+            case "rows":
+                places = [None] * (len(shape) - 2) + ["tensor", None]
             case "stream":
                 places[1] = "tensor" if self.sequence else None
             case "heads":
@@ -242,12 +247,14 @@ def follow(params: Any, base: Any, *, replicate: bool = False) -> Any:
     """
 
     def extend(leaf: Any, sharding: NamedSharding) -> Any:
-        if not isinstance(leaf, LoraArray | QuantArray):
+        if not isinstance(leaf, LoraArray | QuantArray | RowsArray):
             return jax.tree.map(lambda _: sharding, leaf)
         if not isinstance(sharding, NamedSharding):
             raise ValueError(f"Adapters follow NamedShardings of the base, got a {sharding}.")
         if isinstance(leaf, QuantArray):
             return placements(leaf, sharding)
+        if isinstance(leaf, RowsArray):
+            return leaf.placements(sharding)
         roles = leaf.roles
         places = [*sharding.spec, *[None] * (len(roles) - len(sharding.spec))]
 

@@ -8,6 +8,7 @@ import jax
 from jlora import tree
 from jlora.lora import LoraArray, LoraConfig, count_parameters, leaves_by_path
 from jlora.quant import QuantArray, format_of
+from jlora.rows import RowsArray
 
 __all__ = ["Summary", "summary"]
 
@@ -77,6 +78,9 @@ def summary(params: Any, config: LoraConfig) -> Summary:
             if isinstance(leaf.w, QuantArray):
                 how += f", on {format_of(leaf.w)}"
             rows.append((path, leaf.shape, how, leaf.num_trained()))
+        elif isinstance(leaf, RowsArray):
+            how = f"{len(leaf.indices)} {'columns' if leaf.axis else 'rows'}"
+            rows.append((path, leaf.shape, how, leaf.rows.size))
         elif any(tree.matches(pattern, path) for pattern in config.train):
             rows.append((path, tuple(leaf.shape), "whole", leaf.size))
     trainable, frozen = count_parameters(params, config)

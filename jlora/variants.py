@@ -1,4 +1,4 @@
-"""Adapters that start from the weights: PiSSA, QPiSSA and LoftQ.
+"""Adapters that start from the weights: PiSSA, QPiSSA, OLoRA and LoftQ.
 
 Each takes a tree from `jlora.init` and gives one of the same structure with other factors and
 another base, so that training, sharding and merging need to know nothing of them. A config names
@@ -21,7 +21,7 @@ from jlora.packed import matrices_to_weight, weight_to_matrices
 from jlora.quant import QuantArray, dequantize
 from jlora.tree import map_with_path
 
-__all__ = ["loftq", "pissa", "to_plain_lora"]
+__all__ = ["from_plain_lora", "loftq", "olora", "pissa", "to_plain_lora"]
 
 
 def pissa(
@@ -90,35 +90,67 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
     return _restart(params, base, None, None, iterations, quantise_first=True)
 
 
-def to_plain_lora(initial: Any, trained: Any, config: LoraConfig) -> tuple[Any, LoraConfig]:
-    """Turns an adapter that changed its base into one for the original weights, of twice the rank.
+def olora(params: Any, *, base: Any = None) -> Any:
+    """Starts from an orthonormal basis of the weight's outputs (OLoRA, arXiv:2406.01775).
 
-    The trained update less the initial one is `[a, a0] @ [b, -b0]`, as PEFT converts PiSSA.
+    With the decomposition `w.T = q r`, `b` is the transpose of the first columns of `q`, `a` that
+    of the first rows of `r`, and the base becomes the residual `w - scaling * a @ b`, as in PEFT:
+    the function's output stays the same, at the rounding of the base's dtype. Over a quantised base
+    the residual is quantised.
 
     Args:
-      initial: the tree that training started from, of `pissa`.
+      params: a tree from `jlora.init`, over plain or quantised weights.
+      base: as in `pissa`.
+
+    Returns:
+      The tree with new factors and bases; shapes and dtypes do not change.
+
+    Raises:
+      ValueError: if there is no adapter, or `base` does not fit.
+    """
+    return _restart(params, base, None, None, 1, quantise_first=False, orthonormal=True)
+
+
+def to_plain_lora(
+    initial: Any, trained: Any, config: LoraConfig, *, base: Any = None
+) -> tuple[Any, LoraConfig]:
+    """Turns an adapter that changed its base into one for the original weights, of twice the rank.
+
+    The trained update less the initial one is `[a, a0] @ [b, -b0]`, as PEFT converts PiSSA. Over a
+    plain base the function stays the same, at the rounding of the base's dtype; over a quantised
+    one, what the fresh adapter left of quantising's error is missing afterwards.
+
+    Args:
+      initial: the tree that training started from, as `jlora.init` gave it.
       trained: the tree after training.
       config: that of both.
+      base: the original weights. Without, they are restored from `initial`, which cannot be where
+        that is quantised.
 
     Returns:
       A tree over the original weights, and its config, whose `init` is `"default"`.
 
     Raises:
-      ValueError: for a quantised base, whose original weights the tree does not have.
+      ValueError: for a quantised base without `base`.
     """
+    originals = None if base is None else leaves_by_path(base)
 
     def double(path: str, start: Any, end: Any) -> Any:
         if not isinstance(end, LoraArray):
-            return end
-        if is_array_leaf(start.w):
+            return end if originals is None or not isinstance(end, QuantArray) else originals[path]
+        if originals is not None:
+            w = originals[path]
+        elif is_array_leaf(start.w):
             raise ValueError(
-                f"{path!r} is quantised: its residual is rounded, so the trained weight is no "
-                "plain update of the original one. Merge it with jlora.merge_params instead."
+                f"{path!r} is quantised, so its original weights are not in this tree: pass them "
+                "as base=, or merge the adapter with jlora.merge_params."
             )
+        else:
+            w = start.materialise()
         rank_axis = end.axes.count("stack")
         a = jnp.concatenate([end.a, start.a], -1)
         b = jnp.concatenate([end.b, -start.b], rank_axis)
-        return dataclasses.replace(end, w=start.materialise(), a=a, b=b)
+        return dataclasses.replace(end, w=w, a=a, b=b)
 
     plain = map_with_path(double, initial, trained, is_leaf=is_array_leaf)
     factor = math.sqrt(2) if config.rank_stabilized else 2
@@ -132,10 +164,52 @@ def to_plain_lora(initial: Any, trained: Any, config: LoraConfig) -> tuple[Any, 
     )
 
 
+def from_plain_lora(initial: Any, plain: Any) -> Any:
+    """The trained tree that `to_plain_lora` made another of, over the base it was trained on.
+
+    Args:
+      initial: the tree that training started from, made again.
+      plain: a tree from `to_plain_lora`, also after `jlora.peft.save` and `load`.
+
+    Raises:
+      ValueError: if the adapter did not start from `initial`.
+    """
+
+    def halve(path: str, start: Any, both: Any) -> Any:
+        if not isinstance(start, LoraArray):
+            return both
+        first = slice(None, start.rank)
+        rank_axis = start.axes.count("stack")
+        b = jnp.split(both.b, 2, rank_axis) if both.rank == 2 * start.rank else [both.b, None]
+        if (
+            b[1] is None
+            or not _close(both.a[..., start.rank :], start.a)
+            or not _close(b[1], -start.b)
+        ):
+            raise ValueError(
+                f"The adapter at {path!r} did not start where this base, seed and init do: the "
+                "base has changed, or this machine decomposes it otherwise. Use the adapter as it "
+                "is, on the original weights."
+            )
+        return dataclasses.replace(start, a=both.a[..., first], b=b[0])
+
+    return map_with_path(halve, initial, plain, is_leaf=is_array_leaf)
+
+
+def _close(got: jax.Array, wanted: jax.Array) -> bool:
+    scale = float(jnp.abs(wanted).max()) or 1.0
+    return bool(jnp.allclose(got, wanted.astype(got.dtype), rtol=0, atol=1e-3 * scale))
+
+
 @initialiser(r"pissa(_niter_(\d+))?")
 def _pissa(match: re.Match[str], key: jax.Array, params: Any, base: Any) -> Any:
     niter = None if match[2] is None else int(match[2])
     return pissa(params, base=base, niter=niter, key=key)
+
+
+@initialiser(r"olora")
+def _olora(match: re.Match[str], key: jax.Array, params: Any, base: Any) -> Any:
+    return olora(params, base=base)
 
 
 @initialiser(r"loftq(_iter_(\d+))?")
@@ -151,6 +225,7 @@ def _restart(
     iterations: int,
     *,
     quantise_first: bool,
+    orthonormal: bool = False,
 ) -> Any:
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations!r}.")
@@ -166,7 +241,7 @@ def _restart(
             raise ValueError(f"base has no weight of shape {leaf.shape} at {path!r}.")
         w = originals.get(path, leaf.w)
         w = dequantize(w, dtype=jnp.float32) if isinstance(w, QuantArray) else jnp.asarray(w)
-        start = _Start(leaf, niter, iterations, quantise_first)
+        start = _Start(leaf, niter, iterations, quantise_first, orthonormal)
         return jax.jit(start)(w, jax.random.key(0) if key is None else key)
 
     return map_with_path(restart, params, is_leaf=is_array_leaf)
@@ -180,6 +255,7 @@ class _Start:
     niter: int | None
     iterations: int
     quantise_first: bool
+    orthonormal: bool = False
 
     def __call__(self, w: jax.Array, key: jax.Array) -> LoraArray:
         """The leaf for the original weight `w`, in the dtype and format of the one it replaces."""
@@ -225,8 +301,11 @@ class _Start:
         return base, a, b
 
     def _decompose(self, w: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`a` and `b` with the best `scaling * a @ b` for a matrix `[in out]`."""
+        """The factors for a matrix `[in out]`: those of the best product, or of a basis."""
         rank, dtype = self.like.rank, self.like.a.dtype
+        if self.orthonormal:
+            q, r = jnp.linalg.qr(w.mT)
+            return r[:rank].mT.astype(dtype), q[:, :rank].mT.astype(dtype)
         if self.niter is None:
             u, s, v = jnp.linalg.svd(w, full_matrices=False)
         else:

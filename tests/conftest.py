@@ -41,6 +41,13 @@ def compiled_programs(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Lets compiled programs go after each module: thousands of tests hold gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def getkey():
     """A function that gives a new PRNG key at each call."""

@@ -156,7 +156,6 @@ MOE = ["mixtral", "qwen3 moe", "qwen3 moe renormalized"]
 AXES = {
     "gemma3": {"down_proj": ("stack", "in", "out")},
     "mixtral": {"down_proj": ("stack", "stack", "in", "out")},
-    "mixtral experts": {"experts": ("stack", "stack", "in", "out")},
 }
 
 
@@ -457,14 +456,6 @@ def test_adapters_of_peft_on_all_linear_modules_load(load, folders, tmp_path, na
     expected = reference_logits(theirs, tokens, mask)
     assert np.abs(expected[mask] - expected_logits(name)[mask]).max() > 0.01
     np.testing.assert_allclose(logits[mask], expected[mask], rtol=1e-4, atol=1e-4)
-
-
-def test_adapters_of_experts_are_no_peft_folder(load, tmp_path):
-    _, params = load("mixtral")
-    config = jlora.LoraConfig(rank=2, targets=("experts",), axes=AXES["mixtral experts"])
-    params = jlora.init(jax.random.key(0), params, config)
-    with pytest.raises(NotImplementedError, match="experts/down_proj/kernel' has axes"):
-        jlora.peft.save(tmp_path / "adapter", params, config)
 
 
 def test_longrope_chooses_factors_for_each_row_alone(load):

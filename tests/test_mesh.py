@@ -1,13 +1,15 @@
 """Whole runs on meshes of eight devices: the losses, and what lies where."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from jlora import config, models, report, run
+import jlora
+from jlora import config, models, objective, report, run, sharding, train
 from jlora.models import decoder
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
@@ -40,7 +42,7 @@ def write_config(folder, **sections):
     return made, overrides
 
 
-def train(made, overrides):
+def losses_of(made, overrides):
     """The loss of each step of a run."""
     loaded = config.load(made, overrides)
     run.run_training(loaded, lambda text: None, jax.devices())
@@ -50,14 +52,75 @@ def train(made, overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", ["null", "nf4"])
-def test_twenty_steps_have_the_losses_of_one_device(tmp_path, quantize):
+@pytest.mark.parametrize(("quantize", "remat"), [("null", "none"), ("nf4", "full")])
+def test_twenty_steps_have_the_losses_of_one_device(tmp_path, quantize, remat):
     made, overrides = write_config(tmp_path)
-    overrides.append(f"model.quantize={quantize}")
-    wanted = train(made, [*overrides, "name=one"])
+    overrides += [f"model.quantize={quantize}", f"model.remat={remat}"]
+    wanted = losses_of(made, [*overrides, "name=one"])
     assert wanted[-1] < wanted[0] - 0.5
     for sizes in MESHES:
         data, fsdp, tensor = sizes
         mesh = f"mesh={{data: {data}, fsdp: {fsdp}, tensor: {tensor}}}"
-        got = train(made, [*overrides, mesh, f"name=m{data}{fsdp}{tensor}"])
+        got = losses_of(made, [*overrides, mesh, f"name=m{data}{fsdp}{tensor}"])
         np.testing.assert_allclose(got, wanted, rtol=TOLERANCE, err_msg=str(sizes))
+
+
+def compiled_step(quantize, mesh):
+    """The HLO of a training step on a decoder whose kernels have shapes of their own."""
+    shape = decoder.DecoderConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=192, num_layers=3, num_heads=4,
+        num_kv_heads=2, head_dim=32, tie_embeddings=False, remat="full", dtype="float32",
+    )  # fmt: skip
+    model = decoder.Decoder(shape, sharding.Activations(mesh))
+    lora = jlora.LoraConfig(rank=4, targets="layers/*_proj/kernel")
+
+    def make(params, key):
+        seen = {"fn": lambda p, t: model.apply({"params": p}, t), "args": (np.zeros((1, 8), int),)}
+        if quantize:
+            params = jlora.quantize(params, quantize, targets=lora.targets, **seen)
+        return jlora.init(key, params, lora, **seen)
+
+    def put(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    params = jax.eval_shape(make, decoder.param_shapes(shape), jax.random.key(0))
+    where = sharding.shardings(params, mesh, sharding.DECODER_RULES)
+    trainable, frozen = jlora.split(jax.tree.map(put, params, where), lora)
+    tx = jlora.optimizer(train.adamw(lambda step: 1e-3), lora)
+    state = jax.eval_shape(lambda t: train.init_state(t, tx), trainable)
+    places = jax.tree.map(lambda x: x.sharding, trainable)
+    state = jax.tree.map(put, state, train.state_shardings(state, places, tx, mesh))
+    rows = sharding.batch_sharding(mesh, leading=1)
+    batch = {
+        name: jax.ShapeDtypeStruct((2, 8, 16), kind, sharding=rows)
+        for name, kind in (("tokens", int), ("targets", int), ("loss_mask", np.float32))
+    }
+    loss_fn = objective.make_loss(model, params, lora)
+    step = train.make_train_step(loss_fn, tx, clip_norm=1.0)
+    return step.lower(state, frozen, batch, jax.random.key(0)).compile().as_text()
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_weights_are_gathered_as_they_are_stored_and_only_factors_are_summed(quantize):
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2}, jax.devices())
+    text = compiled_step(quantize, mesh)
+    kernels = {(128, 128), (128, 64), (128, 192), (192, 128)}
+
+    def shapes(kind):
+        for line in re.findall(rf"= (.*?) {kind}\(", text):
+            for dtype, sizes in re.findall(r"(\w+)\[([\d,]+)\]", line):
+                sizes = tuple(int(n) for n in sizes.split(",") if int(n) > 1)
+                yield dtype, sizes
+
+    gathered = set(shapes("all-gather"))
+    whole = {sizes for dtype, sizes in gathered if dtype == "f32"} & kernels
+    packed = {(128, 64), (64, 64), (192, 64), (128, 96)}
+    if quantize:
+        assert not whole
+        assert {sizes for dtype, sizes in gathered if dtype == "u8"} >= packed
+    else:
+        assert whole == kernels
+    summed = {sizes for kind in ("all-reduce", "reduce-scatter") for _, sizes in shapes(kind)}
+    factors = {(d, 4) for d in (64, 128, 192)} | {(4, d) for d in (64, 128, 192)}
+    assert summed & factors
+    assert not any(set(sizes) <= {64, 96, 128, 192} and len(sizes) == 2 for sizes in summed), summed

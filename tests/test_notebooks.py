@@ -15,6 +15,7 @@ nbformat = pytest.importorskip("nbformat")
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICKSTART, ANY_FUNCTION, QLORA = "01_quickstart", "02_any_jax_function", "03_qlora"
+SHARDING = "04_tpu_and_sharding"
 # A folder of one machine; a shape such as "/16/" or a module such as "a/b" is none.
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(?:home|root|tmp|work|Users|usr|opt|var|content)/|\b[A-Z]:\\"
@@ -41,7 +42,7 @@ def texts(cell):
 
 
 def test_there_are_the_notebooks_that_the_docs_name():
-    assert {QUICKSTART, ANY_FUNCTION, QLORA} <= {path.stem for path in NOTEBOOKS}
+    assert {QUICKSTART, ANY_FUNCTION, QLORA, SHARDING} <= {path.stem for path in NOTEBOOKS}
 
 
 @by_notebook
@@ -186,3 +187,18 @@ np.testing.assert_allclose(out, dense_out, rtol=1e-5, atol=1e-5)
     assert "UserWarning: jlora has no low-rank rule" in printed
     assert "Pass on_unsupported='warn' or 'allow'" in printed  # the refusal
     assert "captures an array of that shape in a closure" in printed
+
+
+@pytest.mark.slow
+def test_the_fourth_notebook_trains_alike_on_every_mesh(tmp_path, monkeypatch):
+    checks = """
+assert len(devices) == 8 and len(results) == 4
+assert apart < 1e-5 and one[-1] < one[0] - 0.3, (apart, one)
+held = [of_device for _, of_device, _ in results.values()]
+assert max(held[1:]) < 0.25 * held[0], held
+gathered = found["all-gather"]
+assert any(shape.startswith("u8[") for shape in gathered) and "f32[512,512]" not in gathered, found
+sums = [re.findall(r"\\d+", shape)[1:] for shape in found["all-reduce"]]
+assert all("8" in sizes for sizes in sums if sizes), found
+"""
+    run(find(SHARDING), tmp_path, checks, monkeypatch)

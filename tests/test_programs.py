@@ -13,7 +13,7 @@ from laws import randomise
 import jlora
 
 SETTINGS = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -13,16 +13,17 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # fmt: off
 ORDER = [
     "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
-    "nf4", "packed", "packed_rules", "packed_products", "quant", "lora", "dora", "merging",
-    "summary", "variants", "factors", "alignment", "extraction", "arithmetic", "optim", "sharding",
-    "models.remat", "models.splash", "models.attention", "models.rotary", "models.decoder_config",
-    "models.cache", "models.layers", "models.moe", "models.decoder", "models.slices",
-    "models.weights", "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config",
-    "models.hf_names", "models.hf", "models.gguf_tokenizer", "models.gguf", "models.packed_cache",
-    "models.hub", "models", "peft_names", "peft_folder", "peft_read", "peft", "checkpoint", "chat",
-    "packing", "data", "docstrings", "losses", "train", "objective", "generate", "hardware",
-    "shapes", "bench", "base", "dialogue", "config", "report", "process", "devices", "run", "saved",
-    "hlo", "topology", "plan", "plan_report", "suggest", "cli",
+    "nf4", "packed", "packed_rules", "packed_products", "quant", "rows", "lora", "dora", "merging",
+    "summary", "variants", "measured", "factors", "alignment", "extraction", "arithmetic", "optim",
+    "sharding", "models.remat", "models.splash", "models.attention", "models.rotary",
+    "models.decoder_config", "models.cache", "models.layers", "models.moe", "models.decoder",
+    "models.slices", "models.weights", "models.bnb", "models.hf_families", "models.hf_rope",
+    "models.hf_config", "models.hf_names", "models.hf", "models.gguf_tokenizer", "models.gguf",
+    "models.packed_cache", "models.hub", "models", "fingerprint", "peft_names", "peft_folder",
+    "peft_read", "peft", "checkpoint", "chat", "tokens", "packing", "data", "docstrings", "losses",
+    "train", "objective", "generate", "hardware", "shapes", "bench", "base", "dialogue", "config",
+    "report", "process", "devices", "fresh", "run", "saved", "hlo", "topology", "plan",
+    "plan_report", "suggest", "cli",
 ]
 # fmt: on
 
@@ -32,7 +33,7 @@ HOMES = {
     "optax": {"optim", "losses", "train"},
     "orbax": {"checkpoint"},
     "safetensors": {"models.hf", "models.packed_cache", "peft_folder"},
-    "tokenizers": {"chat"},
+    "tokenizers": {"chat", "tokens"},
     "jinja2": {"chat"},
     "gguf": {"models.gguf"},
     "huggingface_hub": {"models.hub"},

@@ -174,6 +174,34 @@ def test_loftq_is_the_algorithm_of_the_paper_on_this_nf4():
         assert same > 0.99  # a value next to a threshold may take the other code
 
 
+@pytest.mark.parametrize("fmt", [None, "int8"])
+def test_olora_takes_a_basis_out_of_the_base(fmt):
+    params, adapted, _ = make(fmt, init="olora")
+    for name, leaf in adapted.items():
+        b = np.asarray(leaf.b, np.float64).reshape(-1, RANK, np.prod(_sizes(leaf, "out")))
+        gram = np.einsum("lro,lso->lrs", b, b)
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(RANK), gram.shape), atol=1e-5)
+        got = jlora.merge_params(leaf, dtype=jnp.float32)
+        limit = 1e-5 if fmt is None else 0.05
+        np.testing.assert_allclose(got, params[name], atol=limit * float(jnp.abs(leaf.a).max()))
+
+
+def test_olora_is_pefts():
+    torch = pytest.importorskip("torch")
+    reference = pytest.importorskip("peft")
+    params, adapted, _ = make(init="olora", names=("matrix",))
+    linear = torch.nn.Linear(*SHAPES["matrix"], bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(np.array(params["matrix"]).T))
+    settings = dict(r=RANK, lora_alpha=8, target_modules=["0"], init_lora_weights="olora")
+    model = reference.get_peft_model(torch.nn.Sequential(linear), reference.LoraConfig(**settings))
+    layer, leaf = model.base_model.model[0], adapted["matrix"]
+    a, b = (x["default"].weight.detach().numpy() for x in (layer.lora_A, layer.lora_B))
+    np.testing.assert_allclose(leaf.a @ leaf.b, (b @ a).T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.abs(leaf.a), np.abs(a.T), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(leaf.w, layer.base_layer.weight.detach().numpy().T, atol=1e-4)
+
+
 def test_it_works_under_jit_on_shapes_and_in_json():
     params, adapted, config = make(init="pissa", names=("stack",))
     again = jlora.LoraConfig.from_json(config.to_json())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jlora.models.weights import Place
     from jlora.quant import Format
 
-__all__ = ["load", "resolve", "save", "shapes", "tokenizer_files"]
+__all__ = ["load", "resolve", "revision", "save", "shapes", "tokenizer_files"]
 
 # Loaded on first use: flax, safetensors and gguf are not needed to name this package.
 _SUBMODULES = (
@@ -108,6 +108,13 @@ def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
     from jlora.models import hub
 
     return hub.resolve(name_or_dir)
+
+
+def revision(name_or_dir: str | os.PathLike[str]) -> str:
+    """The commit of a model from the Hugging Face hub; empty where it is not known."""
+    from jlora.models import hub
+
+    return hub.revision(hub.resolve(name_or_dir))
 
 
 def tokenizer_files(name_or_dir: str | os.PathLike[str]) -> dict[str, str]:

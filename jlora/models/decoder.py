@@ -33,7 +33,7 @@ from jlora.models import remat, rotary
 from jlora.models.attention import cached_attention, causal_attention
 from jlora.models.cache import Cache, init_cache
 from jlora.models.decoder_config import DecoderConfig, Experts
-from jlora.models.layers import MLP, Linear, Place, RMSNorm, keep, normal
+from jlora.models.layers import MLP, Linear, Place, RMSNorm, gatherer, keep, normal
 from jlora.models.moe import MoE
 from jlora.models.rotary import RopeScaling
 
@@ -147,12 +147,14 @@ class Attention(nn.Module):
                 q, k.astype(q.dtype), v.astype(q.dtype), mask, **self._score_options()
             )
         out = self.place(out.reshape(*x.shape[:2], -1), "units")
-        return Linear(c.hidden_size, c.o_bias, c.dtype, name="o_proj")(out), cache
+        rows = gatherer(c, self.place, "rows")
+        return Linear(c.hidden_size, c.o_bias, c.dtype, rows, name="o_proj")(out), cache
 
     def _project(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, `[batch length heads head_dim]`."""
         c = self.config
-        linear = functools.partial(Linear, use_bias=c.qkv_bias, dtype=c.dtype)
+        columns = gatherer(c, self.place, "columns")
+        linear = functools.partial(Linear, use_bias=c.qkv_bias, dtype=c.dtype, gather=columns)
         q_features, kv_features = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         if c.fused_projections:
             qkv = linear(q_features + 2 * kv_features, name="qkv_proj")(x)

@@ -15,7 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 
-__all__ = ["config_file", "resolve"]
+__all__ = ["config_file", "resolve", "revision"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Never *.bin or *.pt: those are pickles, programs that run when they are read.
@@ -112,6 +112,11 @@ def config_file(name_or_dir: str | os.PathLike[str]) -> Path | None:
     except Exception:  # no network, no such model, no permission: there is none to be had
         return None
     return Path(file)
+
+
+def revision(path: Path) -> str:
+    """The commit that a folder of the Hugging Face cache holds; empty for other files."""
+    return path.name if path.parent.name == "snapshots" else ""
 
 
 def _by_name(name: str) -> Path:

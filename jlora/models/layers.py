@@ -11,11 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.decoder_config import DecoderConfig
 
-__all__ = ["MLP", "Linear", "Place", "RMSNorm", "gated", "keep", "normal"]
+__all__ = ["MLP", "Linear", "Place", "RMSNorm", "gated", "gatherer", "keep", "normal"]
 
 # Holds activations to their place on a mesh, by kind: "stream" `[batch length d]` between layers,
 # "inputs" the same as projections take them, "heads" `[batch length heads head_dim]`, "units"
-# `[batch length units]`, "logits" `[batch ... vocab]`.
+# `[batch length units]`, "logits" `[batch ... vocab]`. And kernels `[... d_in d_out]` as products
+# take them: "columns" where heads or units come out, "rows" where they go in.
 Place: TypeAlias = Callable[[jax.Array, str], jax.Array]
 
 normal = nn.initializers.normal(0.02)
@@ -26,17 +27,29 @@ def keep(x: jax.Array, kind: str) -> jax.Array:
     return x
 
 
+def gatherer(config: DecoderConfig, place: Place, kind: str) -> Callable[[jax.Array], jax.Array]:
+    """What a layer does with a kernel before the product: it puts its parts together.
+
+    So the parts are sent as they are stored, in four bits if they are. Not where all that the
+    backward pass reads is kept, which would be the kernels of all layers put together.
+    """
+    if config.remat == "none":
+        return lambda kernel: kernel
+    return lambda kernel: place(kernel, kind)
+
+
 class Linear(nn.Module):
     """`x @ kernel`, plus a bias if asked."""
 
     features: int
     use_bias: bool
     dtype: str
+    gather: Callable[[jax.Array], jax.Array] = lambda kernel: kernel
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps the last axis of `x` to `features`."""
-        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        kernel = self.gather(self.param("kernel", normal, (x.shape[-1], self.features)))
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -70,7 +83,12 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`down(activation(gate(x)) * up(x))`."""
         c = self.config
-        linear = functools.partial(Linear, use_bias=c.mlp_bias, dtype=c.dtype)
+        linear = functools.partial(
+            Linear,
+            use_bias=c.mlp_bias,
+            dtype=c.dtype,
+            gather=gatherer(c, self.place, "columns"),
+        )
         if c.fused_projections:
             both = linear(2 * c.intermediate_size, name="gate_up_proj")(x)
             gate, up = jnp.split(both, 2, axis=-1)
@@ -78,7 +96,8 @@ class MLP(nn.Module):
             gate = linear(c.intermediate_size, name="gate_proj")(x)
             up = linear(c.intermediate_size, name="up_proj")(x)
         gate, up = self.place(gate, "units"), self.place(up, "units")
-        return linear(c.hidden_size, name="down_proj")(gated(gate, up, c.activation))
+        down = linear(c.hidden_size, gather=gatherer(c, self.place, "rows"), name="down_proj")
+        return down(gated(gate, up, c.activation))
 
 
 # Elementwise, so computing it again is cheaper than keeping its float32 intermediates.

@@ -1,0 +1,74 @@
+"""New tokens: added to a tokenizer's files, with room made for them in a model.
+
+>>> files, ids = jlora.tokens.add(jlora.models.tokenizer_files(name), ["<tool>", "</tool>"])
+>>> model, params = jlora.tokens.grow(*jlora.models.load(name), max(ids) + 1)
+>>> config = jlora.LoraConfig(targets=("q_proj", "v_proj"), rows={"embed_tokens": ids})
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+
+__all__ = ["add", "grow"]
+
+
+def add(
+    files: Mapping[str, str], new_tokens: Sequence[str]
+) -> tuple[dict[str, str], tuple[int, ...]]:
+    """Adds tokens to a tokenizer, each one id wherever a text spells it.
+
+    Args:
+      files: of the tokenizer, name to text, `tokenizer.json` among them.
+      new_tokens: texts; one that the tokenizer has already keeps its id.
+
+    Returns:
+      The files with a new `tokenizer.json`, and the ids of the tokens, in their order.
+
+    Raises:
+      ValueError: if a token is empty or given twice.
+    """
+    if not all(new_tokens) or len(set(new_tokens)) < len(new_tokens):
+        raise ValueError(f"New tokens must be different texts, none empty, got {[*new_tokens]}.")
+    if not new_tokens:
+        return dict(files), ()
+    backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    plain = [tokenizers.AddedToken(text, normalized=False) for text in new_tokens]
+    backend.add_tokens(plain)
+    vocab = backend.get_vocab()
+    ids = tuple(vocab[text] for text in new_tokens)
+    return {**files, "tokenizer.json": backend.to_str()}, ids
+
+
+def grow(model: Any, params: Any, vocab_size: int) -> tuple[Any, Any]:
+    """Gives a decoder rows for at least so many tokens; a larger table stays as it is.
+
+    New rows are the mean of the old ones, in the embedding and in the head of an untied model, so
+    that a new token begins as an average one.
+
+    Args:
+      model: a `Decoder`.
+      params: its weights, plain or quantised, without adapters; or `ShapeDtypeStruct`s.
+      vocab_size: tokens, e.g. the largest id and one.
+
+    Returns:
+      The model with its new `vocab_size`, and the weights.
+    """
+    more = vocab_size - model.config.vocab_size
+    if more <= 0:
+        return model, params
+
+    def widen(table: Any, axis: int) -> Any:
+        if isinstance(table, jax.ShapeDtypeStruct):
+            shape = (*table.shape[:axis], vocab_size, *table.shape[axis + 1 :])
+            return jax.ShapeDtypeStruct(shape, table.dtype)
+        mean = table.astype(jnp.float32).mean(axis, keepdims=True).astype(table.dtype)
+        return jnp.concatenate([table, jnp.repeat(mean, more, axis)], axis)
+
+    grown = {**params, "embed_tokens": {"embedding": widen(params["embed_tokens"]["embedding"], 0)}}
+    if not model.config.tie_embeddings:
+        grown["lm_head"] = {"kernel": widen(params["lm_head"]["kernel"], 1)}
+    return type(model)(dataclasses.replace(model.config, vocab_size=vocab_size)), grown
