@@ -75,11 +75,11 @@ def suggest(
       tries: ends after compiling so many.
 
     Returns:
-      Those that fit, of the formats nearest to the run's own first, and then the least traffic.
+      Those that fit, of the formats nearest to the run's own first, and then the least sent.
     """
     run = load(())
     waiting = sorted(_candidates(run, model, target), key=lambda c: (c.changes, c.traffic))
-    found: list[Suggestion] = []
+    found: list[tuple[tuple[int, int], Suggestion]] = []
     underestimate = 1.0
     if refused is not None:
         waiting = [c for c in waiting if (c.changes, c.settings) != ((0, 0), _settings(refused))]
@@ -92,13 +92,18 @@ def suggest(
         say(f"Trying {' '.join(candidate.overrides)} ...")
         made = plan.measure(load(candidate.overrides), model, target)
         if made.fits:
-            found.append(Suggestion(candidate.overrides, made))
+            found.append((candidate.changes, Suggestion(candidate.overrides, made)))
             say(f"  fits: {made.peak_bytes / 2**30:.1f} GiB of each device.")
         else:
             # Others that are estimated in the same way take as much more than that.
             underestimate = max(underestimate, made.peak_bytes / candidate.memory)
             say(f"  does not fit: {made.peak_bytes / 2**30:.1f} GiB of each device.")
-    return found
+    found.sort(key=lambda one: (one[0], _traffic(one[1].plan)))
+    return [suggestion for _, suggestion in found]
+
+
+def _traffic(made: plan.Plan) -> int:
+    return sum(total.bytes for total in made.collectives.values())
 
 
 def _settings(made: plan.Plan) -> tuple[int, ...]:
