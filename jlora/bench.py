@@ -16,12 +16,10 @@ takes two products forward and four backward.
 
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,78 +27,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import objective, optim, train, tree
+from jlora import hardware, objective, optim, shapes, train, tree
 from jlora.leaf import is_array_leaf
-from jlora.models import decoder, hf_config
+from jlora.models import decoder
 
 __all__ = [
     "BASES",
-    "SHAPES",
     "Settings",
     "decoder_config",
     "measure",
     "model_flops",
-    "peak_flops",
     "random_params",
     "table",
 ]
 
-_LLAMA3 = {
-    "vocab_size": 128256,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "max_positions": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-}
-_WIDE = {"hidden_size": 8192, "num_layers": 80, "num_heads": 64}
-_SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-    },
-    # Llama-3.2-1B, but for its stretched frequencies, which cost nothing
-    "1b": _LLAMA3
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_layers": 16,
-        "head_dim": 64,
-        "tie_embeddings": True,
-    },
-    "8b": _LLAMA3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32},
-    # LLaMA-65B (arXiv:2302.13971)
-    "65b": _WIDE
-    | {"vocab_size": 32000, "intermediate_size": 22016, "num_kv_heads": 64, "head_dim": 128},
-    "70b": _LLAMA3 | _WIDE | {"intermediate_size": 28672},
-}
-SHAPES = tuple(_SHAPES)
 BASES = ("bfloat16", "float32", "nf4", "int8", "float8")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-# Dense bfloat16 flops a second, from the makers' data sheets; the first name that begins the
-# device's own counts.
-_PEAK_FLOPS = {
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L4": 121e12,
-    "TPU v6": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +50,7 @@ class Settings:
     """What to measure.
 
     Attributes:
-      shape: a name in `SHAPES`, or the path of a config.json.
+      shape: a name in `shapes.NAMES`, or the path of a config.json.
       base: the format of the frozen weights, one of `BASES`; quantised ones compute in bfloat16.
       remat: as in `DecoderConfig`.
       unroll: likewise.
@@ -166,22 +108,8 @@ def decoder_config(settings: Settings) -> decoder.DecoderConfig:
     Raises:
       ValueError: if there is no such shape.
     """
+    config = shapes.decoder_config(settings.shape)
     dtype = "float32" if settings.base == "float32" else "bfloat16"
-    path = Path(settings.shape)
-    path = path / "config.json" if path.is_dir() else path
-    if settings.shape in _SHAPES:
-        config = decoder.DecoderConfig(**_SHAPES[settings.shape])
-    elif path.is_file():
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}.") from None
-        config = hf_config.from_json(data, source=str(path))
-    else:
-        raise ValueError(
-            f"shape must be one of {list(SHAPES)} or the path of a config.json, got "
-            f"{settings.shape!r}."
-        )
     return dataclasses.replace(config, dtype=dtype, remat=settings.remat, unroll=settings.unroll)
 
 
@@ -372,30 +300,17 @@ def _count(params: Any) -> int:
 
 
 def model_flops(config: decoder.DecoderConfig, settings: Settings) -> float:
-    """Model flops of one optimizer step, by the formula at the top of this module."""
-    shapes = decoder.param_shapes(dataclasses.replace(config, unroll=1))
-    leaves = dict(zip(tree.leaf_paths(shapes), jax.tree.leaves(shapes)))
-    tied = "embed_tokens/embedding" if config.tie_embeddings else ""
-    products = {path: leaf for path, leaf in leaves.items() if path.endswith("/kernel")}
-    products |= {path: leaf for path, leaf in leaves.items() if path == tied}
-    base = sum(leaf.size for leaf in products.values())
-    adapters = sum(
-        math.prod(leaf.shape[:-2]) * settings.rank * sum(leaf.shape[-2:])
-        for path, leaf in products.items()
+    """Model flops of one optimizer step, as `shapes.step_flops` counts them."""
+    leaves = decoder.param_shapes(dataclasses.replace(config, unroll=1))
+    adapters = {
+        path: math.prod(leaf.shape[:-2]) * settings.rank * sum(leaf.shape[-2:])
+        for path, leaf in zip(tree.leaf_paths(leaves), jax.tree.leaves(leaves))
         if any(tree.matches(pattern, path) for pattern in settings.targets)
-    )
+    }
     each = settings.length // settings.segments
-    pairs = settings.accumulation * settings.batch * settings.segments * each * (each + 1) / 2
-    attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs
-    return (4 * base + 6 * adapters) * settings.tokens + attention
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 flops a second of a device, or None for one that is not in the table."""
-    for name, flops in _PEAK_FLOPS.items():
-        if device_kind.lower().startswith(name.lower()):
-            return flops
-    return None
+    rows = settings.accumulation * settings.batch * settings.segments
+    pairs = rows * shapes.attention_pairs(config, each)
+    return shapes.step_flops(config, adapters, tokens=settings.tokens, pairs=pairs)
 
 
 def _result(
@@ -409,7 +324,7 @@ def _result(
     step_times = [seconds / settings.steps for seconds in times]
     median = statistics.median(step_times)
     flops = model_flops(config, settings)
-    peak = peak_flops(device.device_kind) if config.dtype == "bfloat16" else None
+    peak = hardware.peak_flops(device.device_kind) if config.dtype == "bfloat16" else None
     analysis = compiled.memory_analysis()
     stats = device.memory_stats() or {}
     return {

@@ -28,6 +28,7 @@ Fine-tune language models with LoRA in JAX.
   jlora merge runs/quickstart -o merged/         a Hugging Face folder for transformers, vLLM, ...
   jlora export runs/quickstart -o adapter/       a PEFT folder
   jlora bench --shape 1b                         speed and memory of a step on this machine
+  jlora plan RUN.yaml --topology v5p:4x4x4       whether a run fits hardware that is not here
 """
 _OTHER_BASE = "take an adapter on another base model than the one it was made for"
 
@@ -41,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     debug = args.debug or bool(os.environ.get("JLORA_TRACEBACK"))
     try:
         with _plain_warnings():
-            args.command(args)
+            code = args.command(args)
     except KeyboardInterrupt:
         print("jlora: stopped.", file=sys.stderr)
         return 130
@@ -62,7 +63,18 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not debug and not _is_ours(error):
             print("(JLORA_TRACEBACK=1 shows where this comes from.)", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Takes `key=value` overrides among the options too, which argparse would not."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest:
+        if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
                 "of an 8B model takes about half a minute",
             )
     _add_bench(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -110,18 +123,22 @@ def _add_run_commands(commands: Any) -> None:
         ("inspect", _inspect, "show what would train, without training"),
     ):
         sub = commands.add_parser(name, help=summary, description=summary)
-        sub.add_argument("config", metavar="RUN.yaml", help="the run's config file")
-        sub.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="replaces a key of the file, such as optim.learning_rate=1e-4",
-        )
+        _add_run_arguments(sub)
         sub.set_defaults(command=command)
         if name == "train":
             from jlora import process
 
             process.add_flags(sub)
+
+
+def _add_run_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("config", metavar="RUN.yaml", help="the run's config file")
+    sub.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="replaces a key of the file, such as optim.learning_rate=1e-4",
+    )
 
 
 def _add_generate(commands: Any) -> None:
@@ -182,6 +199,39 @@ def _add_bench(commands: Any) -> None:
             f"--{name}", type=kind, metavar=metavar, help=described, default=argparse.SUPPRESS
         )
     sub.set_defaults(command=_bench)
+
+
+def _add_plan(commands: Any) -> None:
+    summary = "compile a run for hardware that is not here, and say whether it fits"
+    sub = commands.add_parser(
+        "plan",
+        help=summary,
+        description=f"{summary}. No weights are read. Exit code 0 if it fits and 3 if it does not.",
+    )
+    _add_run_arguments(sub)
+    sub.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="a TPU's generation and its chips along each axis: v5e:2x4, v5p:4x4x4, v6e:4x4, "
+        "tpu7x:2x2x1, ...",
+    )
+    sub.add_argument("--slices", type=int, default=1, metavar="N", help="of that size; default 1")
+    sub.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="of the model, if its config.json is not here: tiny, 1b, 8b, 65b, 70b or a path",
+    )
+    sub.add_argument(
+        "--suggest",
+        action="store_true",
+        help="compile other meshes, batches, remat and formats of the base, and list what fits",
+    )
+    sub.add_argument(
+        "--want", type=int, default=3, metavar="N", help="suggestions to look for; default 3"
+    )
+    sub.add_argument("--json", metavar="FILE", help="append the line of JSON to this file too")
+    sub.set_defaults(command=_plan)
 
 
 # Errors
@@ -300,6 +350,12 @@ def _inspect(args: argparse.Namespace) -> None:
     runs.inspect(run, _say)
 
 
+def _generate(args: argparse.Namespace) -> None:
+    from jlora import dialogue
+
+    dialogue.run(args, lambda: _load(args))
+
+
 def _load(args: argparse.Namespace) -> "Base":
     from jlora import base, peft, saved
 
@@ -360,160 +416,62 @@ def _bench(args: argparse.Namespace) -> None:
             file.write(line + "\n")
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from jlora import config
+
+    run = config.load(args.config, args.overrides)
+    from jlora import topology
+
+    topology.set_up()
+    from jlora import plan, plan_report
+
+    if args.slices < 1:
+        raise ValueError(f"--slices must be at least 1, got {args.slices}.")
+    target = plan.tpu_target(args.topology, args.slices)
+    model = plan.read_model(run, args.shape)
+    _whisper(f"Compiling the step for {target.name} ...")
+    made = plan.measure(run, model, target)
+    _say(plan_report.table(made))
+    for line in plan_report.advice(made, num_devices=len(target.devices)):
+        _say(f"  {line}")
+    lines = [made.to_json()]
+    if args.suggest:
+        lines.append(_suggest(args, model, target, None if made.fits else made))
+    elif not made.fits:
+        _say("--suggest looks for settings that fit.")
+    _say("\n".join(lines))
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+    return 0 if made.fits else 3
+
+
+def _suggest(args: argparse.Namespace, model: Any, target: Any, refused: Any) -> str:
+    """Says what fits; returns it as a line of JSON."""
+    from jlora import config, suggest
+
+    def load(extra: Sequence[str]) -> config.RunConfig:
+        return config.load(args.config, [*args.overrides, *extra])
+
+    found = suggest.suggest(load, model, target, refused, _whisper, want=args.want)
+    _say("What fits:" if found else "Nothing that was tried fits; more devices would be needed.")
+    for one in found:
+        left = one.plan.headroom_bytes
+        room = "" if left is None else f", {left / 2**30:.1f} GiB to spare"
+        moved = sum(total.bytes for total in one.plan.collectives.values())
+        _say(f"  {' '.join(one.overrides)}")
+        _say(
+            f"    {one.plan.peak_bytes / 2**30:.1f} GiB a device{room}; "
+            f"{moved / 2**30:.1f} GiB to each device a step"
+        )
+    rows = [{"overrides": one.overrides, **json.loads(one.plan.to_json())} for one in found]
+    return json.dumps({"suggestions": rows})
+
+
 def _refuse_occupied(folder: str) -> None:
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{folder} is there already and not an empty folder; choose another.")
-
-
-# Generation
-
-
-def _generate(args: argparse.Namespace) -> None:
-    prompts = [_as_messages(text, args.system) for text in args.prompt or ()]
-    if args.file:
-        prompts += list(_read_prompts(Path(args.file), args.system))
-        if not prompts:
-            raise ValueError(f"{args.file} holds no prompts.")
-    loaded = _load(args)
-    raw = args.raw or not loaded.tokenizer.has_chat_template
-    if not prompts:
-        _chat(loaded, args, raw)
-    elif len(prompts) == 1 and not args.file:
-        _stream(loaded, args, _encode(loaded, prompts[0], raw))
-        print()
-    else:
-        _answer_all(loaded, args, prompts, raw)
-
-
-def _as_messages(text: str, system: str | None) -> list[dict[str, str]]:
-    first = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": text}]
-
-
-def _read_prompts(path: Path, system: str | None) -> Iterator[list[dict[str, str]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            yield _as_messages(line, system)
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}.") from None
-        if isinstance(row.get("messages"), list):
-            messages = row["messages"]
-            # A row of training data: its last answer is what we are to say.
-            yield (
-                messages[:-1]
-                if messages[-1:] and messages[-1].get("role") == "assistant"
-                else (messages)
-            )
-        elif isinstance(row.get("prompt"), str):
-            yield _as_messages(row["prompt"], system)
-        else:
-            raise ValueError(
-                f"{path}:{number}: expected 'messages' or 'prompt', got {sorted(row)}."
-            )
-
-
-def _encode(loaded: "Base", messages: list[dict[str, str]], raw: bool) -> list[int]:
-    from jlora import chat
-
-    if not raw:
-        return chat.encode_prompt(loaded.tokenizer, messages)
-    text = "\n".join(message["content"] for message in messages)
-    tokens = loaded.tokenizer.encode(text)
-    if not tokens:
-        raise ValueError("The prompt is empty.")
-    return tokens
-
-
-def _options(loaded: "Base", args: argparse.Namespace, turn: int = 0) -> dict[str, Any]:
-    import jax
-
-    return {
-        "max_new_tokens": args.max_new_tokens,
-        "key": jax.random.fold_in(jax.random.key(args.seed), turn),
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "eos_ids": loaded.tokenizer.eos_ids,
-        "pad_id": loaded.tokenizer.pad_id,
-    }
-
-
-def _stream(loaded: "Base", args: argparse.Namespace, prompt: list[int], turn: int = 0) -> str:
-    """Prints an answer as it comes; returns it."""
-    from jlora import generate
-
-    ids: list[int] = []
-    shown = ""
-    options = _options(loaded, args, turn)
-    for token in generate.stream(
-        loaded.forward, loaded.init_cache, loaded.params, prompt, **options
-    ):
-        ids.append(token)
-        text = loaded.tokenizer.decode(ids)
-        # A character of several tokens is not complete yet, or the text before it changes.
-        if not text.endswith("�") and text.startswith(shown):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    text = loaded.tokenizer.decode(ids)
-    print(text[len(shown) :], end="", flush=True)
-    return text
-
-
-def _answer_all(
-    loaded: "Base", args: argparse.Namespace, prompts: list[list[dict[str, str]]], raw: bool
-) -> None:
-    from jlora import generate
-
-    encoded = [_encode(loaded, messages, raw) for messages in prompts]
-    size = 8
-    for start in range(0, len(prompts), size):
-        answers = generate.generate(
-            loaded.forward,
-            loaded.init_cache,
-            loaded.params,
-            encoded[start : start + size],
-            **_options(loaded, args, start),
-        )
-        for messages, answer in zip(prompts[start : start + size], answers, strict=True):
-            row = {"prompt": messages[-1]["content"], "answer": loaded.tokenizer.decode(answer)}
-            print(json.dumps(row, ensure_ascii=False), flush=True)
-
-
-def _chat(loaded: "Base", args: argparse.Namespace, raw: bool) -> None:
-    """Reads turns until end of input; /reset forgets them, /exit ends."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        _whisper("Chat: /reset starts anew, /exit or Ctrl-D ends.")
-    start = [{"role": "system", "content": args.system}] if args.system else []
-    messages, turn = list(start), 0
-    while True:
-        try:
-            text = input("> " if interactive else "")
-        except (EOFError, KeyboardInterrupt):
-            return
-        if text.strip() == "/exit":
-            return
-        if text.strip() == "/reset":
-            messages = list(start)
-            continue
-        if not text.strip():
-            continue
-        messages.append({"role": "user", "content": text})
-        prompt = _encode(loaded, messages[-1:] if raw else messages, raw)
-        try:
-            answer = _stream(loaded, args, prompt, turn)
-        except KeyboardInterrupt:
-            answer = ""
-            messages.pop()
-        print()
-        if answer and not raw:
-            messages.append({"role": "assistant", "content": answer})
-        turn += 1
 
 
 if __name__ == "__main__":

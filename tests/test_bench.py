@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jlora import bench, cli
+from jlora import bench, cli, hardware
 from jlora.models.decoder import Decoder
 
 SMALL = ("--shape", "tiny", "--batch", "2", "--length", "32", "--rank", "4", "--steps", "1")
@@ -95,12 +95,12 @@ def test_flops_are_those_counted_by_hand():
 
 
 def test_a_device_is_found_by_the_beginning_of_its_name():
-    assert bench.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert bench.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert bench.peak_flops("NVIDIA L40S") == 362e12
-    assert bench.peak_flops("TPU v5 lite") == 197e12
-    assert bench.peak_flops("TPU v5p") == 459e12
-    assert bench.peak_flops("cpu") is None
+    assert hardware.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert hardware.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert hardware.peak_flops("NVIDIA L40S") == 362e12
+    assert hardware.peak_flops("TPU v5 lite") == 197e12
+    assert hardware.peak_flops("TPU v5p") == 459e12
+    assert hardware.peak_flops("cpu") is None
 
 
 @pytest.mark.parametrize("segments", [1, 2])

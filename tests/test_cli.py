@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 import tiny
 
-from jlora import base, cli, config, models, peft, report, saved
+from jlora import base, cli, config, dialogue, models, peft, report, saved
 from jlora import run as runs
 
 
@@ -346,13 +346,13 @@ def test_sampling_follows_its_seed(made, capsys):
 
 def test_chat_remembers_until_reset(made, capsys, monkeypatch):
     asked = []
-    encode = cli._encode
+    encode = dialogue._encode
 
     def spy(loaded, messages, raw):
         asked.append([message["content"] for message in messages])
         return encode(loaded, messages, raw)
 
-    monkeypatch.setattr(cli, "_encode", spy)
+    monkeypatch.setattr(dialogue, "_encode", spy)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n/reset\nthree\n/exit\nfour\n"))
     command = ["generate", str(made[1]), "--max-new-tokens", "3", "--system", "be brief"]
     assert cli.main(command) == 0

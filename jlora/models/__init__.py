@@ -20,7 +20,7 @@ __all__ = ["load", "resolve", "revision", "save", "shapes", "tokenizer_files"]
 _SUBMODULES = (
     "attention", "bnb", "cache", "decoder", "decoder_config", "gguf", "gguf_tokenizer", "hf",
     "hf_config", "hf_families", "hf_names", "hf_rope", "hub", "layers", "moe",
-    "packed_cache", "remat", "rotary", "slices", "weights",
+    "packed_cache", "remat", "rotary", "slices", "splash", "weights",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Causal attention with grouped heads: cuDNN's flash kernels on NVIDIA GPUs, elsewhere XLA.
+"""Causal attention with grouped heads: cuDNN's kernels on NVIDIA GPUs, splash on TPUs, else XLA.
 
 The platform is chosen when a computation is lowered, so a program traced on one machine compiles
 for another. Shapes: q is `[batch length heads head_dim]`, k and v have `kv_heads` in place of
@@ -6,13 +6,14 @@ for another. Shapes: q is `[batch length heads head_dim]`, k and v have `kv_head
 """
 
 import functools
-from typing import NamedTuple
+import logging
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jlora.models import remat
+from jlora.models import remat, splash
 
 __all__ = ["cached_attention", "causal_attention"]
 
@@ -29,6 +30,7 @@ def causal_attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    mesh: Any = None,
 ) -> jax.Array:
     """Attention of each token to itself and those before it, inside its own segment.
 
@@ -40,16 +42,25 @@ def causal_attention(
       window: how many tokens a token sees, itself included; None for all.
       scale: of the scores; by default the inverse square root of `head_dim`.
       softcap: scores become `softcap * tanh(scores / softcap)`; None leaves them.
+      mesh: what a TPU's kernels run on: axes `data` and `fsdp` over rows and `tensor` over heads;
+        by default that of `jax.set_mesh`.
 
     Returns:
       An array like `q`.
     """
     options = _Options(window, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     xla = functools.partial(_xla, options=options)
-    if not _cudnn_supports(q, k, segment_ids, options):
+    kernels = {}
+    if _cudnn_supports(q, k, segment_ids, options):
+        kernels["cuda"] = functools.partial(_cudnn, options=options)
+    reason = splash.unsupported(q, k, mesh)
+    if reason is None:
+        kernels["tpu"] = functools.partial(splash.attention, mesh=mesh, **options._asdict())
+    elif jax.default_backend() == "tpu":
+        _say_once(f"Attention runs without the TPU's kernels: {reason}.")
+    if not kernels:
         return xla(q, k, v, segment_ids)
-    cudnn = functools.partial(_cudnn, options=options)
-    return jax.lax.platform_dependent(q, k, v, segment_ids, cuda=cudnn, default=xla)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, **kernels, default=xla)
 
 
 def cached_attention(
@@ -83,6 +94,11 @@ class _Options(NamedTuple):
     window: int | None
     scale: float
     softcap: float | None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.getLogger("jlora").warning(text)
 
 
 def _cudnn_supports(

@@ -179,7 +179,11 @@ class Attention(nn.Module):
         def attend(window: int | None, *args: Any) -> jax.Array:
             q, k, v, segment_ids = args
             return causal_attention(
-                q, k, v, segment_ids=segment_ids, window=window, **self._score_options()
+                *(q, k, v),
+                segment_ids=segment_ids,
+                window=window,
+                mesh=getattr(self.place, "mesh", None),
+                **self._score_options(),
             )
 
         window = self.config.sliding_window
@@ -246,7 +250,8 @@ class Decoder(nn.Module):
 
     Attributes:
       config: what it computes.
-      place: where activations lie on a mesh, such as `jlora.sharding.Activations(mesh)`.
+      place: where activations lie on a mesh, such as `jlora.sharding.Activations(mesh)`. Its
+        attribute `mesh`, if it has one, is what a TPU's attention kernels run on.
     """
 
     config: DecoderConfig

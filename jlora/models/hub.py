@@ -15,7 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 
-__all__ = ["resolve", "revision"]
+__all__ = ["config_file", "resolve", "revision"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Never *.bin or *.pt: those are pickles, programs that run when they are read.
@@ -87,6 +87,31 @@ def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
             "Face hub such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
         )
     return _by_name(name)
+
+
+def config_file(name_or_dir: str | os.PathLike[str]) -> Path | None:
+    """The config.json or `.gguf` file of a model whose weights need not be here, or None.
+
+    Of a name on the hub it may be in the local cache, or the hub gives it within seconds.
+    """
+    path = Path(os.path.expanduser(name_or_dir))
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return path
+    name = str(name_or_dir)
+    if not _HUB_NAME.fullmatch(name):
+        return None
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):
+        return Path(found)
+    try:
+        file = huggingface_hub.hf_hub_download(name, "config.json", etag_timeout=_HUB_SECONDS)
+    except Exception:  # no network, no such model, no permission: there is none to be had
+        return None
+    return Path(file)
 
 
 def revision(path: Path) -> str:

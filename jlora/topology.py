@@ -1,0 +1,98 @@
+"""Devices that are not here, to compile for: TPU slices, with libtpu installed."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+__all__ = ["memory_limit", "out_of_memory", "set_up", "tpus"]
+
+_NAME = re.compile(r"(v[2-6][ep]?|v5|tpu7x):(\d+(?:x\d+){1,2})")
+# What libtpu wants to know of the machine around a TPU; here there is none.
+_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_EXCEEDS = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def set_up() -> None:
+    """Makes a process that only compiles: it runs on the CPU and takes no TPU from another."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    # What is compiled for devices that are not here can be written to a cache and not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def tpus(name: str, slices: int = 1) -> Sequence[Any]:
+    """The devices of a TPU topology.
+
+    Args:
+      name: a generation and the chips along each axis, such as "v5p:4x4x4" or "v5e:2x4".
+      slices: of that size each, with a data-centre network between them.
+
+    Raises:
+      ValueError: if there is no such topology, or no libtpu to compile for it.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"--topology is a TPU's generation and its chips along each axis, such as v5e:2x4, "
+            f"v5p:4x4x4, v6e:4x4 or tpu7x:2x2x1; got {name!r}. (What gcloud calls v5litepod-8 is "
+            "v5e:2x4; its v5p-128 has 128 cores, which is 64 chips, v5p:4x4x4.)"
+        )
+    generation, sizes = match.groups()
+    options: dict[str, Any] = {}
+    if all(size == "1" for size in sizes.split("x")):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if generation == "v4":
+        options["chip_config_name"] = "megacore"  # as JAX runs it: one device to a chip
+    if slices > 1:
+        options["num_slices"] = slices
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        text = str(error)
+        if "TPU support not installed" in text or "libtpu" in text.lower():
+            raise ValueError(
+                "Planning for TPUs compiles with libtpu, which is not installed. It needs no TPU: "
+                f'pip install "jax[tpu]=={jax.__version__}"'
+            ) from None
+        raise ValueError(
+            f"There is no TPU topology {name!r}: {text.splitlines()[0]}. The chips come in blocks "
+            "of 2x2 (v5e, v6e) or 2x2x1 (v4, v5p, tpu7x)."
+        ) from None
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes of a TPU's memory that a program may use, or None if the compiler does not say.
+
+    The compiler names them when it refuses a program, so it is asked for one that cannot be.
+    """
+    huge = jax.ShapeDtypeStruct(
+        (2**40,), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device)
+    )
+    try:
+        jax.jit(jnp.negative).trace(huge).lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = out_of_memory(error)
+        return None if found is None else found[1]
+    return None
+
+
+def out_of_memory(error: Exception) -> tuple[int, int] | None:
+    """(bytes needed, bytes there are) if a compiler refused a program for its memory, or None."""
+    match = _EXCEEDS.search(str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
+        return None
+    needed, unit, available, other = match.groups()
+    return int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[other])
