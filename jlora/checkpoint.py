@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+
+from jlora.multihost import all_agree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
@@ -97,7 +97,7 @@ class Checkpoints:
             raise FileNotFoundError(f"There is no checkpoint folder {self.folder}.")
         if not read_only:
             self._clear_partial()
-            _all_agree(True)  # none begins before the first process has cleared the folder
+            all_agree(True)  # none begins before the first process has cleared the folder
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -261,7 +261,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(step)).rename(aside)
-            _all_agree(True)
+            all_agree(True)
             self._manager.reload()
             message += f" (kept as {aside.name})"
         self._on_message(f"{message}: {type(error).__name__}: {reason}")
@@ -292,15 +292,9 @@ def _on_all(read: Callable[[], Any]) -> Any:
         value, failure = read(), None
     except Exception as error:
         value, failure = None, error
-    if _all_agree(failure is None):
+    if all_agree(failure is None):
         return value
     raise failure or OSError("another process cannot read its part")
-
-
-def _all_agree(value: bool) -> bool:
-    if jax.process_count() == 1:
-        return value
-    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 _SAVE_ALWAYS = checkpoint_managers.FixedIntervalPolicy(1)

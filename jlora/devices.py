@@ -1,4 +1,4 @@
-"""The devices and processes of a run: the mesh, what goes to it and what comes back.
+"""The devices and processes of a run: the mesh, and what goes to it.
 
 With several processes each holds a part of every array. All of them run the same program on the
 same batches, in step; the first of them writes files and speaks.
@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jlora import sharding
+from jlora.multihost import all_agree
 
 __all__ = [
     "Profile",
@@ -36,7 +37,6 @@ __all__ = [
     "same_everywhere",
     "start",
     "stop_together",
-    "to_host",
 ]
 
 
@@ -154,7 +154,7 @@ def _broadcast(value: Any) -> Any:
 
 def same_everywhere(what: str, value: str) -> None:
     """Raises ValueError on every process if `value` is not the same on all."""
-    if not _all_agree(from_first(lambda: value) == value):
+    if not all_agree(from_first(lambda: value) == value):
         raise ValueError(
             f"{what} differ between the processes of this run; each must read the same files with "
             "the same versions of Python and of what is installed."
@@ -178,16 +178,10 @@ def check_shared(folder: Path) -> None:
         time.sleep(0.2)
         if note.parent.exists():
             os.listdir(note.parent)  # makes some of them look again
-    if not _all_agree(bool(seen)):
+    if not all_agree(bool(seen)):
         raise ValueError(
             f"{folder} is not one folder for all processes: put output on a disk that they share."
         )
-
-
-def _all_agree(value: bool) -> bool:
-    if jax.process_count() == 1:
-        return value
-    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 # Devices
@@ -274,14 +268,3 @@ class Profile:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-
-
-def to_host(arrays: Any) -> Any:
-    """Arrays of a mesh as NumPy arrays, whole and on every process, one after the other."""
-
-    def fetch(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return jax.device_get(x)
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-    return jax.tree.map(fetch, arrays)

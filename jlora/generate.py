@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+
+from jlora.multihost import to_host
 
 __all__ = ["generate", "nucleus", "sample", "stream"]
 
@@ -87,10 +88,8 @@ def generate(
         sampled=temperature > 0,
         filtered=temperature > 0 and top_p < 1,
     )
-    if not new.is_fully_addressable:  # parts of it are with other processes
-        new = multihost_utils.process_allgather(new, tiled=True)
     stops = {int(token) for token in eos_ids}
-    return [_until_stop(row[:max_new_tokens], stops) for row in np.asarray(new).tolist()]
+    return [_until_stop(row[:max_new_tokens], stops) for row in to_host(new).tolist()]
 
 
 def stream(

@@ -28,6 +28,7 @@ from jlora import (
     docstrings,
     generate,
     models,
+    multihost,
     objective,
     optim,
     peft,
@@ -404,7 +405,7 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
     samples = []
     if run.eval.samples and job.held_out:
         samples = _samples(job, jlora.combine(trainable, frozen))
-    trained = jlora.combine(devices.to_host(trainable), frozen)
+    trained = jlora.combine(multihost.to_host(trainable), frozen)
     outcome = {
         "steps": progress.step,
         "tokens": progress.tokens,

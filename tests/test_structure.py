@@ -20,10 +20,10 @@ ORDER = [
     "models.slices", "models.weights", "models.bnb", "models.hf_families", "models.hf_rope",
     "models.hf_config", "models.hf_names", "models.hf", "models.gguf_tokenizer", "models.gguf",
     "models.packed_cache", "models.hub", "models", "fingerprint", "peft_names", "peft_folder",
-    "peft_read", "peft", "checkpoint", "chat", "tokens", "packing", "data", "docstrings", "losses",
-    "train", "objective", "generate", "hardware", "shapes", "bench", "base", "dialogue", "config",
-    "report", "process", "devices", "fresh", "run", "saved", "hlo", "topology", "plan",
-    "plan_report", "suggest", "cli",
+    "peft_read", "peft", "multihost", "checkpoint", "chat", "tokens", "packing", "data",
+    "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes", "bench", "base",
+    "dialogue", "config", "report", "process", "devices", "fresh", "run", "saved", "hlo",
+    "topology", "plan", "plan_report", "suggest", "cli",
 ]
 # fmt: on
 
