@@ -19,30 +19,62 @@ from jlora.leaf import is_array_leaf
 from jlora.models import decoder
 from jlora.quant import Format
 
-__all__ = ["Base", "adapt_base", "cache_folder", "load_base", "load_tokenizer", "program_folder"]
+__all__ = [
+    "Base",
+    "Vocabulary",
+    "adapt_base",
+    "cache_folder",
+    "check_start",
+    "load_base",
+    "load_vocabulary",
+    "program_folder",
+]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """A tokenizer with the tokens that were added to it.
+
+    Attributes:
+      tokenizer: to encode and decode with.
+      files: what that was read from, name to text, with what was added.
+      new_tokens: ids of the tokens that were added.
+      size: tokens that a model needs rows for, if it has fewer.
+    """
+
+    tokenizer: chat.Tokenizer
+    files: Mapping[str, str]
+    new_tokens: tuple[int, ...] = ()
+    size: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Base:
-    """A base model, ready to train or to speak.
+    """A base model.
 
     Attributes:
-      name: as the user gave it.
+      name: as given to `load_base`.
       model: a `Decoder`.
       params: its weights; with adapters in place after `adapt_base`.
-      tokenizer: its tokenizer.
-      tokenizer_files: what that was read from, name to text, with what was added.
-      new_tokens: ids of the tokens that were added.
+      vocabulary: its tokens.
       mesh: that the weights lie on; None for the default device.
     """
 
     name: str
     model: Any
     params: Any
-    tokenizer: chat.Tokenizer
-    tokenizer_files: Mapping[str, str]
-    new_tokens: tuple[int, ...] = ()
+    vocabulary: Vocabulary
     mesh: Mesh | None = None
+
+    @property
+    def tokenizer(self) -> chat.Tokenizer:
+        """The tokenizer, with what was added."""
+        return self.vocabulary.tokenizer
+
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens that were added."""
+        return self.vocabulary.new_tokens
 
     def apply(self, params: Any, tokens: jax.Array, **kwargs: Any) -> Any:
         """The model's logits; knows nothing of adapters and of quantised weights."""
@@ -75,9 +107,24 @@ def program_folder() -> Path:
     return cache_folder() / f"programs-{kind}"
 
 
-def load_tokenizer(name: str, new_tokens: Sequence[str] = ()) -> chat.Tokenizer:
-    """The tokenizer of a model, without its weights."""
-    return chat.Tokenizer.from_files(tokens.add(models.tokenizer_files(name), new_tokens)[0])
+def load_vocabulary(
+    name: str, new_tokens: Sequence[str] = (), *, folder: str | os.PathLike[str] | None = None
+) -> Vocabulary:
+    """The tokens of a model, without its weights.
+
+    Args:
+      name: as in `load_base`.
+      new_tokens: to add.
+      folder: if it holds a tokenizer.json, that is taken, and the model gets room for what it has
+        more than the model's: adapters with new tokens bring one.
+    """
+    files, ids = tokens.add(models.tokenizer_files(name), new_tokens)
+    tokenizer, size = chat.Tokenizer.from_files(files), max(ids, default=-1) + 1
+    if folder is not None and (Path(folder) / "tokenizer.json").is_file():
+        files = models.tokenizer_files(folder)
+        before, tokenizer = tokenizer, chat.Tokenizer.from_files(files)
+        size = tokenizer.vocab_size if tokenizer.vocab_size > before.vocab_size else size
+    return Vocabulary(tokenizer, files, ids, size)
 
 
 def load_base(
@@ -89,8 +136,7 @@ def load_base(
     quantize: Format | None = None,
     cache: bool = False,
     weights: bool = True,
-    new_tokens: Sequence[str] = (),
-    tokenizer_folder: str | os.PathLike[str] | None = None,
+    vocabulary: Vocabulary | None = None,
     mesh: Mesh | None = None,
 ) -> Base:
     """Loads a model and its tokenizer.
@@ -105,9 +151,7 @@ def load_base(
       cache: whether to keep quantised weights in the user's cache folder for the next start.
       weights: False gives `ShapeDtypeStruct`s, to look at a model larger than this machine's
         memory.
-      new_tokens: to add to the tokenizer, with room in the model.
-      tokenizer_folder: if it holds a tokenizer.json, with more tokens than the model's, that is
-        taken: adapters with new tokens bring one.
+      vocabulary: from `load_vocabulary`, if it is there already; the model gets room for it.
       mesh: to spread the weights over by `sharding.DECODER_RULES`, and the activations.
     """
     if dtype == "auto":
@@ -122,15 +166,22 @@ def load_base(
         model, params = models.shapes(name, dtype=dtype, quantize=quantize)
     options = {} if mesh is None else {"place": sharding.Activations(mesh)}
     model = type(model)(dataclasses.replace(model.config, remat=remat, unroll=unroll), **options)
-    files, ids = tokens.add(models.tokenizer_files(name), new_tokens)
-    needed = max(ids, default=-1) + 1
-    tokenizer = chat.Tokenizer.from_files(files)
-    if tokenizer_folder is not None and (Path(tokenizer_folder) / "tokenizer.json").is_file():
-        files = models.tokenizer_files(tokenizer_folder)
-        before, tokenizer = tokenizer, chat.Tokenizer.from_files(files)
-        needed = tokenizer.vocab_size if tokenizer.vocab_size > before.vocab_size else needed
-    model, params = tokens.grow(model, params, needed)
-    return Base(name, model, params, tokenizer, files, ids, mesh)
+    vocabulary = vocabulary or load_vocabulary(name)
+    model, params = tokens.grow(model, params, vocabulary.size)
+    return Base(name, model, params, vocabulary, mesh)
+
+
+def check_start(lora: jlora.LoraConfig, mesh: Mesh | None) -> None:
+    """Refuses a start that `adapt_base` does not know on a mesh.
+
+    Raises:
+      NotImplementedError: for a `lora.init` that changes the base, or `lora.rows`, on a mesh.
+    """
+    if mesh is not None and (lora.init != "default" or lora.rows):
+        raise NotImplementedError(
+            "On a mesh of devices a run begins with lora.init=default and trains no single rows "
+            "(model.new_tokens, lora.rows). Leave these out, or leave out mesh to use one device."
+        )
 
 
 def adapt_base(
@@ -138,25 +189,19 @@ def adapt_base(
 ) -> Base:
     """Puts fresh adapters into the weights, on a mesh each beside its weight.
 
+    On a mesh, those that `check_start` lets pass.
+
     Args:
       base: without adapters.
       lora: the config.
       key: of the adapters' start.
       originals: for a `lora.init` over quantised weights, those before quantising.
-
-    Raises:
-      NotImplementedError: for a `lora.init` that changes the base, or `lora.rows`, on a mesh.
     """
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     init = functools.partial(jlora.init, config=lora, fn=base.apply, args=(example,))
     leaves = jax.tree.leaves(base.params)
     if base.mesh is None or isinstance(leaves[0], jax.ShapeDtypeStruct):
         return dataclasses.replace(base, params=init(key, base.params, base=originals))
-    if lora.init != "default" or lora.rows:
-        raise NotImplementedError(
-            "On a mesh of devices a run begins with lora.init=default and trains no single rows "
-            "(model.new_tokens, lora.rows). Leave these out, or leave out mesh to use one device."
-        )
     adapted = jax.eval_shape(init, key, base.params)
     where = sharding.shardings(adapted, base.mesh, sharding.DECODER_RULES)
 

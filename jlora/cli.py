@@ -364,7 +364,8 @@ def _load(args: argparse.Namespace) -> "Base":
         if args.adapter:
             raise ValueError("A run has its own adapter; --adapter goes with a model.")
         return saved.load_run(args.model, _whisper, dtype=args.dtype, other_base=args.other_base)[0]
-    loaded = base.load_base(args.model, dtype=args.dtype or "auto", tokenizer_folder=args.adapter)
+    vocabulary = base.load_vocabulary(args.model, folder=args.adapter)
+    loaded = base.load_base(args.model, dtype=args.dtype or "auto", vocabulary=vocabulary)
     if args.adapter:
         params, _ = peft.load(args.adapter, loaded.params, other_base=args.other_base)
         loaded = dataclasses.replace(loaded, params=params)
@@ -382,7 +383,7 @@ def _merge(args: argparse.Namespace) -> None:
     )
     errors = saved.merge_report(args.run, loaded.params, args.error_layers)
     merged = jlora.merge_params(loaded.params)
-    models.save(args.output, loaded.model, merged, tokenizer_files=loaded.tokenizer_files)
+    models.save(args.output, loaded.model, merged, tokenizer_files=loaded.vocabulary.files)
     _say(f"Wrote the merged model to {args.output}.{into}")
     if errors:
         _say(errors)

@@ -1,17 +1,19 @@
-"""What a run begins with: its `LoraConfig`, and fresh adapters that are the same each time."""
+"""What a run begins with: mesh, `LoraConfig`, and fresh adapters that are the same each time."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import jlora
-from jlora import config
+from jlora import config, devices
 from jlora.base import Base, adapt_base, load_base
 from jlora.fingerprint import fingerprint
 from jlora.leaf import is_array_leaf
 
-__all__ = ["adapt_run", "lora_config", "read_originals", "start_digest"]
+__all__ = ["adapt_run", "lora_config", "make_mesh", "read_originals", "start_digest"]
 
 
 def lora_config(run: config.RunConfig, base: Base | None = None) -> jlora.LoraConfig:
@@ -31,6 +33,18 @@ def lora_config(run: config.RunConfig, base: Base | None = None) -> jlora.LoraCo
     return jlora.LoraConfig(**fields)
 
 
+def make_mesh(run: config.RunConfig, on: Sequence[Any]) -> Mesh | None:
+    """The mesh that a run makes of devices; None for the default device.
+
+    Raises:
+      ValueError: if its sizes do not fit the devices, or the rows of a batch do not fit it.
+    """
+    mesh = devices.make_mesh(None if run.mesh is None else run.mesh.model_dump(), on)
+    rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
+    devices.check_rows(mesh, rows)
+    return mesh
+
+
 def adapt_run(run: config.RunConfig, base: Base) -> Base:
     """Puts a run's fresh adapters into its base: each time the same, which nothing else keeps.
 
@@ -45,7 +59,7 @@ def read_originals(run: config.RunConfig, base: Base) -> Any:
     """The weights before quantising, where `lora.init` starts from them; else None."""
     if run.lora.init == "default" or run.model.quantize is None:
         return None
-    dense = load_base(run.model.path, dtype=run.model.dtype, new_tokens=run.model.new_tokens).params
+    dense = load_base(run.model.path, dtype=run.model.dtype, vocabulary=base.vocabulary).params
     if any(map(is_array_leaf, jlora.lora.leaves_by_path(dense).values())):
         raise ValueError(
             f"lora.init={run.lora.init!r} starts from the weights before they were quantised, and "

@@ -1,4 +1,4 @@
-"""Accelerators, as their makers publish them: the peak of a bfloat16 product, and the memory."""
+"""Accelerators, as their makers publish them: the peak of a bfloat16 product."""
 
 import dataclasses
 
@@ -12,28 +12,24 @@ class Accelerator:
     Attributes:
       kind: how its `device_kind` begins.
       peak_flops: dense bfloat16 flops a second.
-      memory_bytes: of a GPU; None where one name is sold with several. Of a TPU the compiler knows.
       per_chip: devices that JAX sees of one chip.
     """
 
     kind: str
     peak_flops: float
-    memory_bytes: int | None = None
     per_chip: int = 1
 
 
-_GB, _GIB = 10**9, 2**30
-
 # The first whose kind begins a device's own counts.
 _ACCELERATORS = (
-    Accelerator("NVIDIA B200", 2250e12, 180 * _GB),
-    Accelerator("NVIDIA H200", 989e12, 141 * _GB),
-    Accelerator("NVIDIA H100 PCIe", 756e12, 80 * _GIB),
-    Accelerator("NVIDIA H100 NVL", 835e12, 94 * _GIB),
-    Accelerator("NVIDIA H100", 989e12, 80 * _GIB),
+    Accelerator("NVIDIA B200", 2250e12),
+    Accelerator("NVIDIA H200", 989e12),
+    Accelerator("NVIDIA H100 PCIe", 756e12),
+    Accelerator("NVIDIA H100 NVL", 835e12),
+    Accelerator("NVIDIA H100", 989e12),
     Accelerator("NVIDIA A100", 312e12),
-    Accelerator("NVIDIA L40S", 362e12, 48 * _GIB),
-    Accelerator("NVIDIA L4", 121e12, 24 * _GIB),
+    Accelerator("NVIDIA L40S", 362e12),
+    Accelerator("NVIDIA L4", 121e12),
     # cloud.google.com/tpu/docs/system-architecture-tpu-vm; of two to a chip, half the chip's
     Accelerator("TPU7x", 2307e12 / 2, per_chip=2),
     Accelerator("TPU v6", 918e12),

@@ -19,7 +19,6 @@ import numpy as np
 import jlora
 from jlora import (
     config,
-    devices,
     fresh,
     hardware,
     hlo,
@@ -31,7 +30,7 @@ from jlora import (
     tree,
 )
 from jlora import run as runs
-from jlora.base import Base, adapt_base
+from jlora.base import Base, adapt_base, check_start
 from jlora.leaf import is_array_leaf
 from jlora.models import bnb, decoder, gguf, hf, hub, splash
 
@@ -61,14 +60,12 @@ class Target:
       name: such as "v5p:4x4x4".
       devices: to build a mesh of.
       memory_bytes: of one device, that a program may use.
-      platform: to lower for, "tpu" or "cuda".
       slices: that the devices are in.
     """
 
     name: str
     devices: Sequence[Any]
     memory_bytes: int | None
-    platform: str = "tpu"
     slices: int = 1
 
     @property
@@ -214,7 +211,7 @@ def measure(run: config.RunConfig, model: Model, target: Target) -> Plan:
     mesh = base.mesh
     assert mesh is not None
     with jax.set_mesh(mesh):
-        lowered = step.trace(*arguments).lower(lowering_platforms=(target.platform,))
+        lowered = step.trace(*arguments).lower(lowering_platforms=("tpu",))
         traced = time.perf_counter()
         compiled, refused = None, None
         try:
@@ -267,13 +264,8 @@ def measure(run: config.RunConfig, model: Model, target: Target) -> Plan:
 
 def make_mesh(run: config.RunConfig, target: Target) -> jax.sharding.Mesh:
     """The mesh that a run makes of a target's devices; of one device if it asks for none."""
-    sizes = None if run.mesh is None else run.mesh.model_dump()
-    mesh = devices.make_mesh(sizes, target.devices)
-    if mesh is None:
-        mesh = sharding.make_mesh({}, target.devices[:1])
-    rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
-    devices.check_rows(mesh, rows)
-    return mesh
+    mesh = fresh.make_mesh(run, target.devices)
+    return sharding.make_mesh({}, target.devices[:1]) if mesh is None else mesh
 
 
 def prepare(
@@ -346,16 +338,12 @@ def _adapted(
         params = gguf.shapes(model.file, dtype, quantize=quantize)[1]
     if run.model.new_tokens:
         raise NotImplementedError("jlora plan knows no new tokens: leave out model.new_tokens.")
-    if mesh.size > 1 and (run.lora.init != "default" or run.lora.rows):
-        raise NotImplementedError(
-            "On a mesh of devices a run begins with lora.init=default and trains no single rows: "
-            "leave out lora.init and lora.rows."
-        )
-    # An initialiser changes numbers and no shapes.
-    lora = dataclasses.replace(fresh.lora_config(run), init="default")
+    lora = fresh.lora_config(run)
+    check_start(lora, mesh if mesh.size > 1 else None)
+    lora = dataclasses.replace(lora, init="default")  # others change numbers and no shapes
     network = decoder.Decoder(settled, place=sharding.Activations(mesh))
-    no_tokenizer: Any = None
-    base = Base(run.model.path, network, params, no_tokenizer, {}, mesh=mesh)
+    no_tokens: Any = None
+    base = Base(run.model.path, network, params, no_tokens, mesh)
     return adapt_base(base, lora, jax.random.key(run.seed)), lora
 
 

@@ -36,9 +36,16 @@ from jlora import (
     report,
     train,
 )
-from jlora.base import Base, adapt_base, cache_folder, load_base, load_tokenizer
+from jlora.base import (
+    Base,
+    adapt_base,
+    cache_folder,
+    check_start,
+    load_base,
+    load_vocabulary,
+)
 from jlora.fingerprint import fingerprint
-from jlora.fresh import adapt_run, lora_config, start_digest
+from jlora.fresh import adapt_run, lora_config, make_mesh, start_digest
 
 __all__ = [
     "inspect",
@@ -46,6 +53,7 @@ __all__ = [
     "make_optimizer",
     "read_data",
     "run_training",
+    "save_adapter",
 ]
 
 Say = Callable[[str], None]
@@ -229,11 +237,9 @@ def _outcome(result: dict[str, Any]) -> str:
 
 def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: bool = True) -> _Job:
     """Everything that can be wrong is found here, the cheapest first."""
-    mesh = devices.make_mesh(None if run.mesh is None else run.mesh.model_dump(), on)
-    rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
-    devices.check_rows(mesh, rows)
-    tokenizer = load_tokenizer(run.model.path, run.model.new_tokens)
-    examples, held_out = read_data(run, tokenizer)
+    mesh = make_mesh(run, on)
+    vocabulary = load_vocabulary(run.model.path, run.model.new_tokens)
+    examples, held_out = read_data(run, vocabulary.tokenizer)
     batches = data.Batches(
         examples,
         batch_size=run.train.batch_size,
@@ -258,12 +264,13 @@ def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: boo
         unroll=run.model.unroll,
         quantize=run.model.quantize,
         cache=run.model.cache,
-        new_tokens=run.model.new_tokens,
+        vocabulary=vocabulary,
         mesh=mesh,
     )
     # A target that matches nothing need not wait for the weights, which may take minutes.
     base = load(weights=False)
     lora = lora_config(run, base)
+    check_start(lora, mesh)
     base = adapt_base(base, lora, jax.random.key(run.seed))
     say(str(jlora.summary(base.params, lora)))
     digest = _digest(examples, held_out)
@@ -421,17 +428,8 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
         if lora.init != "default":  # of weights, only the shapes matter here
             initial = job.base.params
             adapter, lora = jlora.variants.to_plain_lora(initial, trained, lora, base=initial)
-        peft.save(
-            folder / "adapter",
-            adapter,
-            lora,
-            base_model=run.model.path,
-            revision=models.revision(run.model.path),
-            base=job.metadata["base"],
-        )
-        if job.base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
-            for name, text in job.base.tokenizer_files.items():
-                report.write_text(folder / "adapter" / name, text)
+        recorded = job.metadata["base"]
+        save_adapter(folder / "adapter", job.base, adapter, lora, recorded=recorded)
         lines = list(report.read_metrics(folder / "metrics.jsonl"))
         report.plot_losses(folder / "loss.png", lines, title=run.name)
         if samples:
@@ -444,6 +442,20 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
 
     devices.from_first(write)
     say(f"Done: {_outcome(outcome)}.")
+
+
+def save_adapter(
+    folder: Path, base: Base, params: Any, lora: jlora.LoraConfig, *, recorded: Any = None
+) -> None:
+    """Writes a PEFT folder, with the tokenizer beside the adapter if tokens were added.
+
+    `params`, `lora` and `recorded` are the tree, the config and the `base` of `peft.save`.
+    """
+    revision = models.revision(base.name)
+    peft.save(folder, params, lora, base_model=base.name, revision=revision, base=recorded)
+    if base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
+        for name, text in base.vocabulary.files.items():
+            report.write_text(folder / name, text)
 
 
 def _samples(job: _Job, trained: Any) -> list[report.Sample]:

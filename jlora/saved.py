@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import checkpoint, config, models, peft, report, train
-from jlora.base import Base, load_base
+from jlora import checkpoint, config, peft, train
+from jlora.base import Base, load_base, load_vocabulary
 from jlora.fingerprint import check_base
 from jlora.fresh import adapt_run, lora_config, read_originals
 from jlora.merging import MergeError
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
-from jlora.run import make_optimizer
+from jlora.run import make_optimizer, save_adapter
 from jlora.targets import leaves_by_path
 
 __all__ = ["export", "is_run", "load_run", "load_to_merge", "merge_report"]
@@ -68,7 +68,7 @@ def load_run(
         dtype=run.model.dtype,
         quantize=run.model.quantize if packs else None,
         cache=run.model.cache,
-        new_tokens=run.model.new_tokens,
+        vocabulary=load_vocabulary(run.model.path, run.model.new_tokens),
     )
     lora = lora_config(run, base)
     if finished:
@@ -123,10 +123,7 @@ def export(
       other_base: as in `load_run`.
     """
     loaded, lora = load_run(folder, say, plain=True, other_base=other_base)
-    revision = models.revision(loaded.name)
-    peft.save(output, loaded.params, lora, base_model=loaded.name, revision=revision)
-    for name, text in loaded.tokenizer_files.items() if loaded.new_tokens else ():
-        report.write_text(Path(output) / name, text)
+    save_adapter(Path(output), loaded, loaded.params, lora)
 
 
 def load_to_merge(
