@@ -126,9 +126,19 @@ def _add_run_commands(commands: Any) -> None:
         _add_run_arguments(sub)
         sub.set_defaults(command=command)
         if name == "train":
-            from jlora import process
+            _add_process_flags(sub)
 
-            process.add_flags(sub)
+
+def _add_process_flags(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("several processes, each started with the same command")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="of a TPU pod, SLURM, Open MPI or Kubernetes, which say where the others are",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
 def _add_run_arguments(sub: argparse.ArgumentParser) -> None:

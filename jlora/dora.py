@@ -21,7 +21,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import Equation, apply_rule, explicit_sharding, is_array_leaf, rule
+from jlora.leaf import (
+    Equation,
+    apply_rule,
+    explicit_sharding,
+    half_of_a_tree,
+    is_array_leaf,
+    product_sides,
+    rule,
+)
 from jlora.lora import LoraArray, variant
 from jlora.lora_config import Axis
 from jlora.lowrank import Factored, LowRank, contract
@@ -67,10 +75,7 @@ class DoraArray(LoraArray):
         """The leaf with its gain, which takes one small product with the whole weight."""
         low = self.low_rank(path)
         if self.magnitude is None or self.square is None:
-            raise ValueError(
-                f"{path!r} has no magnitude in this tree, which is one half of jlora.split. Join "
-                "the halves with jlora.combine(trainable, frozen)."
-            )
+            raise half_of_a_tree(f"{path!r} has no magnitude in this tree, which")
         norm = jnp.sqrt(self._squared_norm(low.w))
         gain = self.spread((self.magnitude / norm)[..., None], "out")  # [*axes 1]
         fields = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
@@ -233,13 +238,7 @@ def _times(gain: jax.Array, x: jax.Array) -> jax.Array:
 @rule(Dora, "dot_general")
 def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     """The product without the gain, which scales its result, or else the input."""
-    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
-    if isinstance(left, Dora):
-        leaf, x = left, right
-        summed, batch, x_summed, x_batch = left_summed, left_batch, right_summed, right_batch
-    else:
-        leaf, x = right, left
-        summed, batch, x_summed, x_batch = right_summed, right_batch, left_summed, left_batch
+    leaf, x, (summed, batch), (x_summed, x_batch) = product_sides(equation, left, right, Dora)
     if is_array_leaf(x):
         x = equation.context.materialise(x, equation.name)
     owned = leaf.owned()

@@ -20,8 +20,10 @@ __all__ = [
     "OnUnsupported",
     "apply_rule",
     "explicit_sharding",
+    "half_of_a_tree",
     "is_array_leaf",
     "pass_barrier",
+    "product_sides",
     "reshape_groups",
     "rule",
 ]
@@ -307,6 +309,23 @@ def pass_barrier(equation: Equation, operands: Sequence[Any]) -> list[Any]:
     flat, treedef = jax.tree.flatten(list(operands))
     results = jax.tree.unflatten(treedef, equation.bind(*flat))
     return [result.after_barrier() if is_array_leaf(result) else result for result in results]
+
+
+def product_sides(
+    equation: Equation, left: Any, right: Any, kind: type[ArrayLeaf]
+) -> tuple[Any, Any, tuple[Sequence[int], ...], tuple[Sequence[int], ...]]:
+    """Of a `dot_general`: the leaf of a kind, the other operand, (summed, batch) axes of each."""
+    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
+    sides = (left, (left_summed, left_batch)), (right, (right_summed, right_batch))
+    (leaf, leaf_dims), (x, x_dims) = sides if isinstance(left, kind) else sides[::-1]
+    return leaf, x, leaf_dims, x_dims
+
+
+def half_of_a_tree(lack: str) -> ValueError:
+    """The error for a leaf that lacks what is in the other half of its tree."""
+    return ValueError(
+        f"{lack} is one half of jlora.split. Join the halves with jlora.combine(trainable, frozen)."
+    )
 
 
 def reshape_groups(

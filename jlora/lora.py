@@ -22,7 +22,7 @@ import numpy as np
 from jlora import joined as _joined  # noqa: F401  registers rules
 from jlora import products as _products  # noqa: F401
 from jlora import tree
-from jlora.leaf import ArrayLeaf, is_array_leaf
+from jlora.leaf import ArrayLeaf, half_of_a_tree, is_array_leaf
 from jlora.lora_config import Axis, LoraConfig
 from jlora.lowrank import LowRank
 from jlora.packed_products import PackedLowRank
@@ -90,10 +90,7 @@ class LoraArray(ArrayLeaf):
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         if self.w is None:
-            raise ValueError(
-                "This LoraArray has no weight: its tree is one half of jlora.split. Join the "
-                "halves with jlora.combine(trainable, frozen)."
-            )
+            raise half_of_a_tree("This LoraArray has no weight: its tree")
         return tuple(self.w.shape)
 
     @property
@@ -148,10 +145,7 @@ class LoraArray(ArrayLeaf):
     def low_rank(self, path: str) -> LowRank:
         """The weight and its update, with both factors spread over the weight's axes."""
         if self.a is None or self.b is None:
-            raise ValueError(
-                f"{path!r} has no adapter in this tree, which is one half of jlora.split. Join the "
-                "halves with jlora.combine(trainable, frozen)."
-            )
+            raise half_of_a_tree(f"{path!r} has no adapter in this tree, which")
         self._check_shapes(path)
         b = jnp.moveaxis(self.b, self.roles.count("stack"), -1)  # [*stack *out rank]
         u, v = self.spread(self.a, "in"), self.spread(b, "out")

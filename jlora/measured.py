@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.leaf import Equation, is_array_leaf, rule
+from jlora.leaf import Equation, is_array_leaf, product_sides, rule
 from jlora.lora import LoraArray, LoraConfig, initialiser, leaves_by_path, merge_params
 from jlora.lowrank import LowRank, contract
+from jlora.products import name_axes
 from jlora.tree import map_with_path
 
 __all__ = ["eva", "lora_ga"]
@@ -69,9 +70,11 @@ def lora_ga(
                 f"which is {d_in} by {d_out}. Lower its rank to {min(d_in, d_out) // 2}."
             )
         widths[path] = min(2 * leaf.rank + _SPARE, d_in, d_out)
-    gradients = _gradients(params, loss_fn, batches)
+    gradients = _gradients(params, loss_fn, batches, leaves)
     outs = {
-        path: jnp.linalg.qr(jax.random.normal(_key(key, i), _stacked(leaf, 1, widths[path])))[0].mT
+        path: jnp.linalg.qr(
+            jax.random.normal(jax.random.fold_in(key, i), _stacked(leaf, 1, widths[path]))
+        )[0].mT
         for i, (path, leaf) in enumerate(leaves.items())
     }
     for step in range(iterations + 1):
@@ -147,7 +150,8 @@ def eva(
     ins = {
         path: jnp.linalg.qr(
             jax.random.normal(
-                _key(key, i), _stacked(leaf, 0, min(tops[path] + _SPARE, *_sides(leaf)))
+                jax.random.fold_in(key, i),
+                _stacked(leaf, 0, min(tops[path] + _SPARE, *_sides(leaf))),
             )
         )[0]
         for i, (path, leaf) in enumerate(leaves.items())
@@ -226,10 +230,6 @@ def _fields(leaf: LoraArray) -> dict[str, Any]:
     return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(LoraArray)}
 
 
-def _key(key: jax.Array, number: int) -> jax.Array:
-    return jax.random.fold_in(key, number)
-
-
 def _stack(leaf: LoraArray) -> tuple[int, ...]:
     return leaf.a.shape[: leaf.axes.count("stack")]
 
@@ -245,16 +245,12 @@ def _stacked(leaf: LoraArray, side: int, width: int) -> tuple[int, ...]:
 
 
 def _gradients(
-    params: Any,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    leaves: Mapping[str, LoraArray] | None = None,
+    params: Any, loss_fn: LossFn, batches: Sequence[Any], leaves: Mapping[str, LoraArray]
 ) -> Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
     """A function of `a` and `b`, one of them None for zero, to their gradients over all batches.
 
     Factors are `[*stack in k]` and `[*stack k out]`, and the scaling is 1.
     """
-    leaves = _adapters(params) if leaves is None else leaves
     batches = list(batches)
     if not batches:
         raise ValueError("There are no batches to start from.")
@@ -320,21 +316,13 @@ class _Watching(LowRank):
 
 @rule(_Watching, "dot_general")
 def _watch(equation: Equation, left: Any, right: Any) -> Any:
-    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
-    if isinstance(left, _Watching):
-        leaf, x = left, right
-        pairs = (*zip(left_summed, right_summed), *zip(left_batch, right_batch))
-    else:
-        leaf, x = right, left
-        pairs = (*zip(right_summed, left_summed), *zip(right_batch, left_batch))
+    leaf, x, leaf_dims, x_dims = product_sides(equation, left, right, _Watching)
     if is_array_leaf(x):
         return NotImplemented
-    own = {x_axis: ("w", w_axis) for w_axis, x_axis in pairs}
-    x_axes = [own.get(axis, ("x", axis)) for axis in range(x.ndim)]
+    leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
     free = [axis for axis in x_axes if axis[0] == "x" or leaf.v.shape[axis[1]] > 1]
     seen = jax.lax.stop_gradient(x).astype(leaf.u.dtype)
-    u_axes = [*(("w", axis) for axis in range(leaf.ndim)), "rank"]
-    hidden = contract(seen, x_axes, leaf.u, u_axes, [*free, "rank"])
+    hidden = contract(seen, x_axes, leaf.u, [*leaf_axes, "rank"], [*free, "rank"])
     nothing = _report(hidden, leaf.v, jnp.sum(jnp.square(seen)))
     out = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
     return out + nothing.astype(out.dtype)

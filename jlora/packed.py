@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import ArrayLeaf
+from jlora.leaf import ArrayLeaf, half_of_a_tree
 from jlora.lora_config import Axis
 
 __all__ = ["Move", "Packed", "QuantArray", "matrices_to_weight", "num_parts", "weight_to_matrices"]
@@ -49,10 +49,7 @@ class QuantArray(ArrayLeaf):
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         if self.codes is None:
-            raise ValueError(
-                f"This {type(self).__name__} holds no codes: its tree is one half of jlora.split. "
-                "Join the halves with jlora.combine(trainable, frozen)."
-            )
+            raise half_of_a_tree(f"This {type(self).__name__} holds no codes: its tree")
         axes, sizes = self._roles()
         stack = iter(self.codes.shape[:-2])
         whole = {"out": self.codes.shape[-2], "in": self.num_columns()}

@@ -1,6 +1,5 @@
 """The process around a run: it stops in good order, and no other writes to the same folder."""
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["StopSignal", "Watchdog", "add_flags", "lock"]
+__all__ = ["StopSignal", "Watchdog", "lock"]
 
 Say = Callable[[str], None]
 
@@ -103,19 +102,6 @@ class Watchdog:
                 f"No step for {waited:.0f} s after step {last[1]}; the program is at "
                 f"{' > '.join(places)}. It goes on waiting."
             )
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `devices.start`."""
-    group = parser.add_argument_group("several processes, each started with the same command")
-    group.add_argument(
-        "--distributed",
-        action="store_true",
-        help="of a TPU pod, SLURM, Open MPI or Kubernetes, which say where the others are",
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ input one factor at a time. Nothing of the weight's size is built.
 import dataclasses
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,23 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.leaf import ArrayLeaf, Context, Equation, explicit_sharding, is_array_leaf, rule
+from jlora.leaf import (
+    ArrayLeaf,
+    Context,
+    Equation,
+    explicit_sharding,
+    is_array_leaf,
+    product_sides,
+    rule,
+)
 from jlora.lowrank import LowRank, contract
 
-__all__ = ["arrange", "gather_axes", "gather_rows"]  # importing this module registers its rules
+__all__ = [
+    "arrange",
+    "gather_axes",
+    "gather_rows",
+    "name_axes",
+]  # importing this module registers its rules
 
 
 def _product(
@@ -96,23 +109,13 @@ def _owned(factor: jax.Array, axes: Sequence[Any]) -> list[Any]:
 
 @rule(LowRank, "dot_general")
 def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
-    (left_summed, right_summed), (left_batch, right_batch) = equation.params["dimension_numbers"]
     context = equation.context
-    if isinstance(left, LowRank):
-        leaf, x = left, right
-        leaf_dims, x_dims = (left_summed, left_batch), (right_summed, right_batch)
-    else:
-        leaf, x = right, left
-        leaf_dims, x_dims = (right_summed, right_batch), (left_summed, left_batch)
+    leaf, x, leaf_dims, x_dims = product_sides(equation, left, right, LowRank)
     if is_array_leaf(x):
         x = context.materialise(x, equation.name)
     if not leaf_dims[0]:
         return NotImplemented  # an outer product is as large as anything dense
-    leaf_axes: list[Any] = [("w", axis) for axis in range(leaf.ndim)]
-    x_axes: list[Any] = [("x", axis) for axis in range(x.ndim)]
-    for x_group, leaf_group in zip(x_dims, leaf_dims):
-        for x_axis, leaf_axis in zip(x_group, leaf_group):
-            x_axes[x_axis] = leaf_axes[leaf_axis]
+    leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
     batch = [leaf_axes[axis] for axis in leaf_dims[1]]
     leaf_free = [axis for axis in leaf_axes if axis not in x_axes]
     x_free = [axis for axis in x_axes if axis not in leaf_axes]
@@ -128,6 +131,18 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
         equation.out,
         equation.params["precision"],
     )
+
+
+def name_axes(
+    leaf: LowRank, x: jax.Array, leaf_dims: Iterable[Any], x_dims: Iterable[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Names for the axes of both sides of a product, the same where axes meet; for `contract`."""
+    leaf_axes: list[Any] = [("w", axis) for axis in range(leaf.ndim)]
+    x_axes: list[Any] = [("x", axis) for axis in range(x.ndim)]
+    for x_group, leaf_group in zip(x_dims, leaf_dims):
+        for x_axis, leaf_axis in zip(x_group, leaf_group):
+            x_axes[x_axis] = leaf_axes[leaf_axis]
+    return leaf_axes, x_axes
 
 
 def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> tuple[jax.Array, LowRank]:

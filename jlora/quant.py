@@ -316,14 +316,14 @@ def quantize(
         )
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.eval_shape(compiled, leaf)
-        packed = compiled(leaf)
         if isinstance(leaf, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
-            return packed
+            return compiled(leaf)
         if not _is_finite(leaf):
             raise ValueError(
                 f"{path!r} holds NaN or infinite elements: a scale for many elements cannot store "
                 "them. Look where the weights come from."
             )
+        packed = compiled(leaf)
         uses_left[id(leaf)] -= 1
         if donate and isinstance(leaf, jax.Array) and not uses_left[id(leaf)]:
             jax.block_until_ready(packed)

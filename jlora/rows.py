@@ -15,7 +15,16 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import tree
-from jlora.leaf import ArrayLeaf, Equation, explicit_sharding, is_array_leaf, pass_barrier, rule
+from jlora.leaf import (
+    ArrayLeaf,
+    Equation,
+    explicit_sharding,
+    half_of_a_tree,
+    is_array_leaf,
+    pass_barrier,
+    product_sides,
+    rule,
+)
 from jlora.lora_config import LoraConfig
 from jlora.products import gather_axes
 
@@ -54,10 +63,7 @@ class RowsArray(ArrayLeaf):
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         if self.w is None:
-            raise ValueError(
-                "This RowsArray has no weight: its tree is one half of jlora.split. Join the "
-                "halves with jlora.combine(trainable, frozen)."
-            )
+            raise half_of_a_tree("This RowsArray has no weight: its tree")
         return tuple(self.w.shape)
 
     @property
@@ -76,10 +82,7 @@ class RowsArray(ArrayLeaf):
     def enter(self, path: str) -> Self:
         """The leaf with its path."""
         if self.rows is None:
-            raise ValueError(
-                f"{path!r} has no rows in this tree, which is one half of jlora.split. Join the "
-                "halves with jlora.combine(trainable, frozen)."
-            )
+            raise half_of_a_tree(f"{path!r} has no rows in this tree, which")
         return dataclasses.replace(self, path=path)
 
     def materialise(self) -> jax.Array:
@@ -192,12 +195,8 @@ def _gather(equation: Equation, leaf: Any, indices: Any) -> Any:
 @rule(RowsArray, "dot_general")
 def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     """A product with the weight, and one with the change of the rows that is added to it."""
-    (left_summed, right_summed), (left_batch, _) = equation.params["dimension_numbers"]
-    leaf, x = (left, right) if isinstance(left, RowsArray) else (right, left)
-    w_summed, x_summed = (
-        (left_summed, right_summed) if leaf is left else (right_summed, left_summed)
-    )
-    if left_batch or len(w_summed) != 1 or explicit_sharding(jax.typeof(leaf.w)):
+    leaf, x, (w_summed, batch), (x_summed, _) = product_sides(equation, left, right, RowsArray)
+    if batch or len(w_summed) != 1 or explicit_sharding(jax.typeof(leaf.w)):
         return NotImplemented
     if is_array_leaf(x):
         x = equation.context.materialise(x, equation.name)

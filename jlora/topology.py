@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-__all__ = ["memory_limit", "out_of_memory", "set_up", "tpus"]
+__all__ = ["ENVIRONMENT", "memory_limit", "out_of_memory", "set_up", "tpus"]
 
 _NAME = re.compile(r"(v[2-6][ep]?|v5|tpu7x):(\d+(?:x\d+){1,2})")
-# What libtpu wants to know of the machine around a TPU; here there is none.
-_ENVIRONMENT = {
+# What libtpu wants to know of the machine around a TPU; here there is none. To be set before it.
+ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_LOG_DIR": "disabled",
@@ -26,7 +26,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def set_up() -> None:
     """Makes a process that only compiles: it runs on the CPU and takes no TPU from another."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     # What is compiled for devices that are not here can be written to a cache and not read back.

@@ -5,6 +5,7 @@ under `shard_map`, each device on its own rows and heads.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -229,7 +230,4 @@ def _kinds(mesh: Any) -> set[AxisType]:
 
 
 def _count(mesh: Any, names: tuple[str, ...]) -> int:
-    total = 1
-    for name in names:
-        total *= mesh.shape.get(name, 1)
-    return total
+    return math.prod(mesh.shape.get(name, 1) for name in names)
