@@ -7,21 +7,18 @@ _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# For tests that compile for TPUs, where libtpu is installed: several at once, and nothing said.
-for _name, _value in {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}.items():
-    os.environ.setdefault(_name, _value)
 
 import itertools
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from jlora import topology
+
+# For tests that compile for TPUs, where libtpu is installed: several at once, and nothing said.
+for _name, _value in topology.ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 
 @pytest.fixture(scope="module")

@@ -163,32 +163,23 @@ def test_nothing_of_earlier_tensors_is_left_on_the_device(folder, monkeypatch):
     assert max(seen) <= packed
 
 
-_MEASURE = """
-import gc, sys, threading
-import jax, jax.numpy as jnp
+_MEASURE = (
+    tiny.MEASURE_PEAK
+    + """
+import sys
+import jax
 from jlora import models
 
-def resident():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
 folder, fmt = sys.argv[1:]
-models.load(folder, quantize=fmt)  # what the compiler takes is its own; the arrays are freed
-gc.collect()
-start, peak, done = resident(), [0], threading.Event()
 
-def watch():
-    while not done.wait(0.002):
-        peak.append(resident())
+def load():
+    return jax.block_until_ready(models.load(folder, quantize=fmt)[1])
 
-thread = threading.Thread(target=watch)
-thread.start()
-_, params = models.load(folder, quantize=fmt)
-jax.block_until_ready(params)
-done.set()
-thread.join()
-print(max(peak) - start, sum(x.nbytes for x in jax.tree.leaves(params)))
+load()  # what the compiler takes is its own; the arrays are freed
+params, peak = peak_of(load)
+print(peak, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
+)
 
 
 @pytest.mark.slow
@@ -196,20 +187,13 @@ print(max(peak) - start, sum(x.nbytes for x in jax.tree.leaves(params)))
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 def test_loading_takes_the_packed_size_and_one_tensor(tmp_path, fmt):
     """On CPU, host and device memory are one: both together are bounded."""
-    config = decoder.DecoderConfig(
-        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_layers=16,
-        num_heads=8, num_kv_heads=8, head_dim=128, tie_embeddings=True, dtype="bfloat16",
-    )  # fmt: skip
-    hf.save(tmp_path / "model", config, random_params(config, "bfloat16"))
-    dense = (tmp_path / "model" / "model.safetensors").stat().st_size
-    # So that what is freed goes back to the system at once.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    dense = tiny.write_large_model(tmp_path / "model", layers=16)
+    env = os.environ | tiny.FREE_AT_ONCE
     command = [sys.executable, "-c", _MEASURE, str(tmp_path / "model"), fmt]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     peak, packed = map(int, done.stdout.split())
-    largest = 4096 * 1024 * 2
-    assert peak < packed + 2 * largest + 16e6
-    assert packed + 2 * largest + 16e6 < 0.8 * dense  # so that the bound says something
+    assert peak < packed + 2 * tiny.LARGEST_TENSOR + 16e6
+    assert packed + 2 * tiny.LARGEST_TENSOR + 16e6 < 0.8 * dense  # so that the bound says something
 
 
 def test_what_is_loaded_in_a_format_is_said_in_one_place(folder):

@@ -12,11 +12,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_hf import random_params
+import tiny
 from test_mesh import TOLERANCE, losses_of, write_config
 
 from jlora import cli, process, report
-from jlora.models import decoder, hf
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -157,8 +156,10 @@ def test_no_cluster_is_said(tmp_path):
     assert "--distributed found no cluster here" in done.stderr
 
 
-_MEASURE = """
-import gc, json, sys, threading
+_MEASURE = (
+    tiny.MEASURE_PEAK
+    + """
+import json, sys
 import jax
 from jax.experimental import multihost_utils
 from jlora import models, sharding
@@ -168,32 +169,18 @@ jax.distributed.initialize(f"localhost:{port}", 2, index)
 mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}, jax.devices())
 place = sharding.placement(mesh, sharding.DECODER_RULES)
 
-def number(file, name):
-    with open(file) as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+def load():
+    return jax.block_until_ready(models.load(folder, quantize=fmt, sharding=place)[1])
 
-def resident():
-    return 1024 * number("/proc/self/status", "RssAnon")
-
-models.load(folder, quantize=fmt, sharding=place)  # what the compiler takes is its own
-gc.collect()
+load()  # what the compiler takes is its own; the arrays are freed
 multihost_utils.sync_global_devices("loaded")
-start, before, peak, done = resident(), number("/proc/self/io", "rchar"), [0], threading.Event()
-
-def watch():
-    while not done.wait(0.002):
-        peak.append(resident())
-
-thread = threading.Thread(target=watch)
-thread.start()
-_, params = models.load(folder, quantize=fmt, sharding=place)
-jax.block_until_ready(params)
-done.set()
-thread.join()
+before = number("/proc/self/io", "rchar")
+params, peak = peak_of(load)
 read = number("/proc/self/io", "rchar") - before
 held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
-print(json.dumps(["measured", read, max(peak) - start, held]))
+print(json.dumps(["measured", read, peak, held]))
 """
+)
 
 
 @pytest.mark.slow
@@ -201,29 +188,21 @@ print(json.dumps(["measured", read, max(peak) - start, held]))
 @pytest.mark.parametrize("fmt", [None, "nf4"])
 def test_each_process_reads_and_holds_its_part_of_the_weights(tmp_path, fmt):
     """On CPU, host and device memory are one: both together are bounded."""
-    config = decoder.DecoderConfig(
-        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_layers=8,
-        num_heads=8, num_kv_heads=8, head_dim=128, tie_embeddings=True, dtype="bfloat16",
-    )  # fmt: skip
-    hf.save(tmp_path / "model", config, random_params(config, "bfloat16"))
-    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    size = tiny.write_large_model(tmp_path / "model", layers=8)
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        # So that what is freed goes back to the system at once.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
+        **tiny.FREE_AT_ONCE,
     }
     port, arguments = free_port(), [str(tmp_path / "model"), json.dumps(fmt)]
     commands = [[sys.executable, "-c", _MEASURE, str(i), str(port), *arguments] for i in range(2)]
     processes = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=env) for c in commands]
-    one_tensor = 4096 * 1024 * 2
     for one in processes:
         output, _ = one.communicate(timeout=300)
         assert one.returncode == 0
         line = next(line for line in output.splitlines() if line.startswith('["measured"'))
         _, read, peak, held = json.loads(line)
-        assert size / 2 < read < 1.1 * size / 2 + one_tensor
-        assert peak < 1.1 * held + one_tensor
+        assert size / 2 < read < 1.1 * size / 2 + tiny.LARGEST_TENSOR
+        assert peak < 1.1 * held + tiny.LARGEST_TENSOR
         assert held < size * (0.51 if fmt is None else 0.25)

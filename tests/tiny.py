@@ -32,6 +32,15 @@ def tokenizer_files():
     return {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(config)}
 
 
+def random_params(config):
+    """Weights in the config's dtype."""
+    keys = iter(jax.random.split(jax.random.key(7), 64))
+    return jax.tree.map(
+        lambda leaf: (0.3 * jax.random.normal(next(keys), leaf.shape)).astype(config.dtype),
+        decoder.param_shapes(config),
+    )
+
+
 def write_model(folder, *, layers=2, dtype="float32"):
     """Writes the folder; returns its path."""
     config = decoder.DecoderConfig(
@@ -47,13 +56,50 @@ def write_model(folder, *, layers=2, dtype="float32"):
         dtype=dtype,
         eos_token_ids=(2,),
     )
-    keys = iter(jax.random.split(jax.random.key(7), 64))
-    params = jax.tree.map(
-        lambda leaf: (0.3 * jax.random.normal(next(keys), leaf.shape)).astype(dtype),
-        decoder.param_shapes(config),
-    )
+    params = random_params(config)
     models.save(folder, decoder.Decoder(config), params, tokenizer_files=tokenizer_files())
     return folder
+
+
+def write_large_model(folder, *, layers):
+    """Writes a model whose tensors dwarf what Python allocates; returns the size of its file."""
+    config = decoder.DecoderConfig(
+        vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_layers=layers,
+        num_heads=8, num_kv_heads=8, head_dim=128, tie_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    models.hf.save(folder, config, random_params(config))
+    return (folder / "model.safetensors").stat().st_size
+
+
+LARGEST_TENSOR = 4096 * 1024 * 2
+# For a process whose memory is measured: what is freed goes back to the system at once.
+FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Begins such a process: `peak_of(fn)` gives what `fn` returns and the most bytes it took meanwhile.
+MEASURE_PEAK = """
+import gc, threading
+
+def number(file, name):
+    with open(file) as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+def resident():
+    return 1024 * number("/proc/self/status", "RssAnon")
+
+def peak_of(fn):
+    gc.collect()
+    start, peak, done = resident(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            peak.append(resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = fn()
+    done.set()
+    thread.join()
+    return result, max(peak) - start
+"""
 
 
 def write_data(path, count=24):
