@@ -34,6 +34,7 @@ __all__ = [
     "Int8Array",
     "NF4Array",
     "QuantArray",
+    "check_finite",
     "dequantize",
     "format_of",
     "pack_weight",
@@ -318,11 +319,7 @@ def quantize(
             return jax.eval_shape(compiled, leaf)
         if isinstance(leaf, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
             return compiled(leaf)
-        if not _is_finite(leaf):
-            raise ValueError(
-                f"{path!r} holds NaN or infinite elements: a scale for many elements cannot store "
-                "them. Look where the weights come from."
-            )
+        check_finite(leaf, repr(path))
         packed = compiled(leaf)
         uses_left[id(leaf)] -= 1
         if donate and isinstance(leaf, jax.Array) and not uses_left[id(leaf)]:
@@ -331,6 +328,15 @@ def quantize(
         return packed
 
     return tree.map_with_path(pack, params, is_leaf=is_array_leaf)
+
+
+def check_finite(w: jax.Array, name: str) -> None:
+    """Raises ValueError, with the weight's name, if an element is NaN or infinite."""
+    if not _is_finite(w):
+        raise ValueError(
+            f"{name} holds NaN or infinite elements: a scale for many elements cannot store them. "
+            "Look where the weights come from."
+        )
 
 
 @jax.jit

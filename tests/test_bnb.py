@@ -217,6 +217,7 @@ DAMAGES = {
     "no scales": (lambda t: t.pop(f"{NAME}.absmax"), f"lacks {NAME}.absmax"),
     "no weight": (lambda t: t.pop(NAME), f"lacks {NAME}"),
     "other map": (lambda t: t[f"{NAME}.quant_map"].__setitem__(3, 0.5), "bitsandbytes' own maps"),
+    "few codes": (lambda t: t.update({NAME: t[NAME][:-1]}), "sizes"),
     "few scales": (lambda t: t.update({f"{NAME}.absmax": t[f"{NAME}.absmax"][:-1]}), "sizes"),
     "no text": (
         lambda t: t.update({f"{NAME}.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8)}),

@@ -138,6 +138,17 @@ def test_a_format_that_is_not_there_is_refused_before_weights_are_read(folder, m
             function(folder, quantize="fp4")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_no_scale_can_store_is_refused_by_name_and_layer(tmp_path, value):
+    params = tiny.random_params(CONFIG)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    params["layers"]["mlp"]["up_proj"]["kernel"] = kernel.at[1, 2, 3].set(value)
+    hf.save(tmp_path / "model", CONFIG, params, tiny.tokenizer_files())
+    with pytest.raises(ValueError, match=r"'layers/mlp/up_proj/kernel', layer 1, holds NaN or inf"):
+        models.load(tmp_path / "model", quantize="nf4")
+    models.load(tmp_path / "model")
+
+
 def test_a_quantised_model_is_saved_only_after_merging(folder, tmp_path):
     model, params = models.load(folder, quantize="nf4")
     with pytest.raises(ValueError, match=r"q_proj/kernel is .* NF4Array.*jlora\.merge_params"):

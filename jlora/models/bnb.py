@@ -7,6 +7,8 @@ beside them the scales, the maps of codes to values, and a JSON text about them.
 import dataclasses
 import json
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,10 +152,12 @@ def _packed(name: str, tensors: Mapping[str, Any], state_name: str) -> Packed:
         raise ValueError(f"{file}: the quantised weight {name} lacks {', '.join(absent)}.")
     parts = {end: tensors[name + end] for end in ends}
     blocks = -(-rows * columns // block)
-    sizes = {".absmax": blocks, ".quant_map": 16}
+    sizes = {"": -(-rows * columns // 2), ".absmax": blocks, ".quant_map": 16}
     if nested:
         sizes |= {".nested_absmax": nf4.num_groups(1, blocks), ".nested_quant_map": 256}
-    given = {end: int(np.prod(parts[end].shape)) for end in sizes}
+    given = {end: math.prod(parts[end].shape) for end in sizes}
+    # Stored as bytes, or as numbers of another type: "U8", "BF16", "F32", ...
+    given[""] *= int(re.findall(r"\d+", parts[""].stored)[0]) // 8
     maps = {".quant_map": nf4.CODE, ".nested_quant_map": nf4.DYNAMIC_MAP}
     if (
         given != sizes

@@ -74,6 +74,9 @@ def fill(source: Source, place: Place | None = None) -> Any:
       source: where it is.
       place: gives the placement of a weight by its path and shape; None, or where it returns None:
         the default device. A quantised weight's arrays are cut as the weight is, no block apart.
+
+    Raises:
+      ValueError: if a weight to be quantised holds NaN or infinite elements.
     """
     leaf = source.leaf
     sharding = place(source.path, tuple(leaf.shape)) if place is not None else None
@@ -101,6 +104,8 @@ def fill(source: Source, place: Place | None = None) -> Any:
             _put(tensor, _layer_sharding(sharding, source.form, len(tensor.shape)))
             for tensor in read()
         ]
+        if packs:
+            quant.check_finite(tensors[0], f"{source.path!r}, layer {layer},")
         arrays = write(
             arrays,
             tensors,
