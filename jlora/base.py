@@ -205,17 +205,26 @@ def adapt_base(
     adapted = jax.eval_shape(init, key, base.params)
     where = sharding.shardings(adapted, base.mesh, sharding.DECODER_RULES)
 
-    def half(values: Any) -> Any:
-        names = jlora.labels(adapted, lora)
-        return jax.tree.map(lambda name, x: None if name == "frozen" else x, names, values)
+    def is_trained(path: str) -> bool:
+        return any(tree.matches(pattern, path) for pattern in lora.train)
 
-    # Weights go in and do not come out, or the program would copy them.
-    make = jax.jit(lambda key, params: half(init(key, params)), out_shardings=half(where))
+    def without_weight(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, jlora.LoraArray):
+            return dataclasses.replace(leaf, w=hole(leaf.w))
+        return leaf if is_trained(path) else hole(leaf)
+
+    def hole(leaf: Any) -> Any:  # None in the places of a quantised leaf's arrays
+        return jax.tree.map(lambda _: None, leaf)
 
     def without_adapter(path: str, leaf: Any, weight: Any) -> Any:
         if isinstance(leaf, jlora.LoraArray):
             return dataclasses.replace(leaf, w=weight, **dict.fromkeys(leaf.arrays))
-        return None if any(tree.matches(pattern, path) for pattern in lora.train) else weight
+        return hole(weight) if is_trained(path) else weight
 
-    frozen = tree.map_with_path(without_adapter, adapted, base.params, is_leaf=is_array_leaf)
-    return dataclasses.replace(base, params=tree.combine(make(key, base.params), frozen))
+    def added(params: Any) -> Any:
+        return tree.map_with_path(without_weight, params, is_leaf=is_array_leaf)
+
+    # Weights go in and do not come out, or the program would copy them.
+    make = jax.jit(lambda key, params: added(init(key, params)), out_shardings=added(where))
+    weights = tree.map_with_path(without_adapter, adapted, base.params, is_leaf=is_array_leaf)
+    return dataclasses.replace(base, params=tree.combine(make(key, base.params), weights))

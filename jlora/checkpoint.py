@@ -6,6 +6,7 @@ on reading and the checkpoint before it is taken.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import pathlib
@@ -24,6 +25,7 @@ __all__ = ["CheckpointError", "Checkpoints", "Restored"]
 
 _log = logging.getLogger(__name__)
 _PARTIAL = ".orbax-checkpoint-tmp"
+_DAMAGED = ".damaged"
 
 
 class CheckpointError(OSError):
@@ -179,6 +181,8 @@ class Checkpoints:
         """Reads the newest checkpoint that is whole.
 
         A damaged one is reported, moved aside to `<step>.damaged` and the one before it is tried.
+        One that could not be read for another reason (a process that is gone, memory, a disk that
+        does not answer) stays what it is.
 
         Args:
           template: a tree of arrays or `ShapeDtypeStruct`s with the structure to restore.
@@ -190,7 +194,7 @@ class Checkpoints:
 
         Raises:
           ValueError: if the metadata or the arrays differ from what is expected; says where.
-          CheckpointError: if there are checkpoints but none can be read.
+          CheckpointError: if there are checkpoints but none can be read, now or when last tried.
         """
         candidates = self.steps()[::-1] if step is None else [step]
         for candidate in candidates:
@@ -201,12 +205,20 @@ class Checkpoints:
             except _Mismatch as error:
                 raise ValueError(str(error)) from None
             except Exception as error:
+                if _may_pass(error):
+                    raise CheckpointError(
+                        f"Could not read the checkpoint of step {candidate} in {self.folder}: "
+                        f"{_reason(error)}. It is left as it is; once that is mended, the run "
+                        "resumes from it."
+                    ) from error
                 self._set_aside(candidate, error)
             else:
                 return Restored(candidate, state, record["user"])
-        if candidates:
+        aside = [path.stem for path in self.folder.glob(f"[0-9]*{_DAMAGED}")]
+        if candidates or (aside and step is None):
+            found = sorted({*candidates, *map(int, aside)})
             raise CheckpointError(
-                f"None of the checkpoints {sorted(candidates)} in {self.folder} can be read. "
+                f"None of the checkpoints {found} in {self.folder} can be read. "
                 "Delete the folder to start the run anew."
             )
         return None
@@ -257,7 +269,7 @@ class Checkpoints:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         message = f"The checkpoint of step {step} in {self.folder} cannot be read and is skipped"
         if not self._read_only:
-            aside = self.folder / f"{step}.damaged"
+            aside = self.folder / f"{step}{_DAMAGED}"
             if jax.process_index() == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(step)).rename(aside)
@@ -294,7 +306,18 @@ def _on_all(read: Callable[[], Any]) -> Any:
         value, failure = None, error
     if all_agree(failure is None):
         return value
-    raise failure or OSError("another process cannot read its part")
+    failure = failure or OSError("another process cannot read its part")
+    if all_agree(not _may_pass(failure)):
+        raise failure
+    raise CheckpointError(_reason(failure)) from failure
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error says nothing of the files: the next start may read them well."""
+    lost_process_or_memory = isinstance(error, jax.errors.JaxRuntimeError | MemoryError)
+    # Orbax and TensorStore give what they find wrong in a file other types, or no number.
+    system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+    return lost_process_or_memory or system or isinstance(error, CheckpointError)
 
 
 _SAVE_ALWAYS = checkpoint_managers.FixedIntervalPolicy(1)

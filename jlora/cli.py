@@ -300,6 +300,10 @@ def _message(error: Exception) -> str | None:
         return f"another process of this run is gone: {_AGAIN}\n{text[:200]}" if gone else None
     if type(error).__name__ == "NonFiniteError":
         return text
+    if "Unable to initialize backend" in text:  # JAX_PLATFORMS names what is not here
+        return (
+            f"{text.splitlines()[0]}\nSet JAX_PLATFORMS to what this machine has, or leave it out."
+        )
     mendable = (ValueError, KeyError, NotImplementedError, OSError, FloatingPointError)
     return text if isinstance(error, mendable) else None
 

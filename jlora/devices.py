@@ -115,9 +115,10 @@ def check_connected() -> None:
 
 
 def stop_together() -> Callable[[int], bool] | None:
-    """For `process.StopSignal`: agrees on the step to stop after. None where there is one process.
+    """For `process.StopSignal`: whether all stop now. None where there is one process.
 
-    JAX's own handler of SIGTERM tells the other processes, and the answer is the same on all.
+    It takes how often it was asked, from 1. JAX's own handler of SIGTERM tells the other processes,
+    and they agree on the first question that none of them has asked yet.
     """
     return multihost_utils.reached_preemption_sync_point if jax.process_count() > 1 else None
 
@@ -156,8 +157,8 @@ def same_everywhere(what: str, value: str) -> None:
     """Raises ValueError on every process if `value` is not the same on all."""
     if not all_agree(from_first(lambda: value) == value):
         raise ValueError(
-            f"{what} differ between the processes of this run; each must read the same files with "
-            "the same versions of Python and of what is installed."
+            f"{what} differ between the processes of this run: start each with the same command, "
+            "the same files, and the same versions of Python and of what is installed."
         )
 
 

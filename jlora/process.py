@@ -22,19 +22,22 @@ class StopSignal:
 
     Args:
       say: told once that the run is stopping.
-      agreed: with several processes, whether all of them are to stop after so many steps, since one
-        of them got a SIGTERM. Its own handler stays in place.
+      agreed: with several processes, whether all of them are to stop, since one of them got a
+        SIGTERM; told the how-many-th question this is, for the first may come at any step. Its own
+        handler stays in place.
     """
 
     def __init__(self, say: Say, *, agreed: Callable[[int], bool] | None = None):
         self._say = say
         self._agreed = agreed
         self._seen = False
+        self._asked = 0
         self._previous: dict[int, Any] = {}
 
     def __call__(self, step: int) -> bool:
-        """Whether the run is to stop after so many steps."""
-        return self._seen if self._agreed is None else self._agreed(step)
+        """Whether the run is to stop after so many steps; to be asked by all processes alike."""
+        self._asked += 1
+        return self._seen if self._agreed is None else self._agreed(self._asked)
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM) if self._agreed is None else (signal.SIGINT,):
@@ -71,7 +74,7 @@ class Watchdog:
         self._say = say
         self._patience = patience
         self._main = threading.get_ident()
-        self._last = (time.monotonic(), 0)
+        self._last: tuple[float, int | None] = (time.monotonic(), None)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -98,8 +101,9 @@ class Watchdog:
             reported = last
             frames = traceback.extract_stack(sys._current_frames().get(self._main))
             places = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-4:]]
+            since = "the start" if last[1] is None else f"step {last[1]}"
             self._say(
-                f"No step for {waited:.0f} s after step {last[1]}; the program is at "
+                f"No step for {waited:.0f} s after {since}; the program is at "
                 f"{' > '.join(places)}. It goes on waiting."
             )
 

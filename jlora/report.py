@@ -1,5 +1,6 @@
 """What a run shows and leaves behind: metrics.jsonl, the progress bar, loss.png, samples.md."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -70,13 +71,26 @@ class MetricsLog:
             for line in read_metrics(path)
             if resume_at is not None and line["step"] <= resume_at
         ]
+        self.path = path
         write_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def __call__(self, line: Line) -> None:
-        """Writes one line; it is in the file when this returns."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        """Writes one line; it is in the file when this returns.
+
+        Raises:
+          OSError: if the disk does not take it, with the file's name.
+        """
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it would try to write the line again
+                self._file.close()
+            raise OSError(
+                f"Could not write step {line['step']} to {self.path}: {error.strerror}. The "
+                "checkpoints are untouched; once that is mended, the run resumes from the newest."
+            ) from error
 
     def close(self) -> None:
         """Closes the file."""

@@ -165,6 +165,7 @@ def run_training(run: config.RunConfig, say: Say, on: Sequence[Any]) -> None:
       on: all devices, of all processes, for the mesh of the run.
     """
     devices.check_connected()
+    devices.same_everywhere("The configs", run.model_dump_json())
     folder = run.folder
     say = say if devices.is_first() else _say_nothing
     if devices.from_first(lambda: _is_finished(run, say)):
@@ -172,13 +173,14 @@ def run_training(run: config.RunConfig, say: Say, on: Sequence[Any]) -> None:
     with contextlib.ExitStack() as stack:
         devices.from_first(lambda: stack.enter_context(process.lock(folder)))
         devices.check_shared(folder)
+        watchdog = stack.enter_context(process.Watchdog(_whisper))
         job = _prepare(run, say, on)
         devices.from_first(lambda: config.save(folder / "config.yaml", run))
         checkpoints = checkpoint.Checkpoints(
             folder / "checkpoints", keep=run.checkpoint.keep, on_message=say
         )
         with contextlib.closing(checkpoints):
-            result = _fit(job, checkpoints, say)
+            result = _fit(job, checkpoints, watchdog, say)
             if result.reason == "interrupted":
                 say(
                     f"Interrupted; saved at step {result.progress.step} of {job.steps}. "
@@ -200,7 +202,7 @@ def _whisper(text: str) -> None:
 
 def inspect(run: config.RunConfig, say: Say) -> None:
     """Does what `jlora inspect` does: shows the data and what would train."""
-    job = _prepare(run, say, (), weights=False)
+    job = _prepare(run, say, None, weights=False)
     example = data.preview(job.examples[0], job.base.tokenizer)
     say(f"The first example, with what counts in the loss in \u27e6...\u27e7:\n{example}")
     tokens = run.train.batch_size * run.train.accumulation * run.data.length
@@ -235,9 +237,11 @@ def _outcome(result: dict[str, Any]) -> str:
     return f"{text}, adapter in {result['adapter']}"
 
 
-def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: bool = True) -> _Job:
-    """Everything that can be wrong is found here, the cheapest first."""
-    mesh = make_mesh(run, on)
+def _prepare(
+    run: config.RunConfig, say: Say, on: Sequence[Any] | None, *, weights: bool = True
+) -> _Job:
+    """Everything that can be wrong is found here, the cheapest first; without devices, no mesh."""
+    mesh = None if on is None else make_mesh(run, on)
     vocabulary = load_vocabulary(run.model.path, run.model.new_tokens)
     examples, held_out = read_data(run, vocabulary.tokenizer)
     batches = data.Batches(
@@ -285,7 +289,9 @@ def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: boo
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 
 
-def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitResult:
+def _fit(
+    job: _Job, checkpoints: checkpoint.Checkpoints, watchdog: process.Watchdog, say: Say
+) -> train.FitResult:
     run, lora, mesh = job.run, job.lora, job.base.mesh
     tx, schedule = make_optimizer(run, lora, job.steps)
     trainable, frozen = jlora.split(job.base.params, lora)
@@ -308,7 +314,6 @@ def _fit(job: _Job, checkpoints: checkpoint.Checkpoints, say: Say) -> train.FitR
             shown.append(stack.enter_context(report.ProgressReport(job.steps, start=progress.step)))
         speak = shown[-1].say if shown else say
         stop = stack.enter_context(process.StopSignal(speak, agreed=devices.stop_together()))
-        watchdog = stack.enter_context(process.Watchdog(_whisper))
         profile = devices.Profile(run.folder / "profile", run.train.profile)
         stack.enter_context(contextlib.closing(profile))
 

@@ -1,6 +1,7 @@
 """Checkpoints: what comes back, what is skipped, what is refused, and a disk that is full."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -179,8 +180,35 @@ def test_values_that_changed_on_disk_are_noticed_by_their_checksum(checkpoints, 
 def test_all_damaged_is_an_error_and_not_a_fresh_start(checkpoints):
     save(checkpoints, 1)
     shutil.rmtree(checkpoints.folder / "1" / "arrays")
-    with pytest.raises(checkpoint.CheckpointError, match="None of the checkpoints"):
+    for _ in range(2):  # nor is the next start one, which finds them moved aside
+        with pytest.raises(checkpoint.CheckpointError, match=r"None of the checkpoints \[1\]"):
+            checkpoints.restore(make_state())
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer"),
+        MemoryError(),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+)
+def test_what_says_nothing_of_the_files_leaves_them_where_they_are(
+    checkpoints, monkeypatch, failure
+):
+    save(checkpoints, 1, 2)
+    read = checkpoints._manager.restore
+
+    def fail(step, **options):
+        if "arrays" in options["args"]:
+            raise failure
+        return read(step, **options)
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .* left as it is"):
         checkpoints.restore(make_state())
+    monkeypatch.setattr(checkpoints._manager, "restore", read)
+    assert checkpoints.restore(make_state()).step == 2
 
 
 def test_what_a_killed_save_left_is_cleared_away(tmp_path):

@@ -184,6 +184,14 @@ def test_a_half_written_line_of_metrics_is_written_again(tmp_path):
         report.MetricsLog(log, resume_at=None)({"loss": float("nan")})
 
 
+def test_a_full_disk_at_a_line_of_metrics_names_the_file(tmp_path):
+    writer = report.MetricsLog(tmp_path / "metrics.jsonl", resume_at=None)
+    writer._file = open("/dev/full", "w")  # noqa: SIM115 (closed by the writer)
+    with pytest.raises(OSError, match=r"step 3 to .*metrics.jsonl: No space left .* resumes"):
+        writer({"step": 3})
+    writer.close()
+
+
 def test_a_nan_ends_the_run_and_says_when(made, capsys):
     path, run, _ = made
     options = ["name=nan", "optim.learning_rate=1e30", "optim.clip_norm=null", "eval.every=null"]
@@ -372,6 +380,12 @@ def test_inspect_shows_what_would_train_and_reads_no_weights(made, capsys, monke
     assert "o_proj" not in printed
     assert "⟦aaaa<|im_end|>⟧" in printed
     assert not (run.parent / "never").exists()
+
+
+@pytest.mark.parametrize("sizes", ["mesh={fsdp: -1}", "mesh={data: 2, fsdp: 2, tensor: 16}"])
+def test_inspect_needs_no_devices_for_a_mesh(made, capsys, sizes):
+    assert cli.main(["inspect", str(made[0]), sizes]) == 0
+    assert "layers/self_attn/v_proj/kernel" in capsys.readouterr().out
 
 
 # What users get wrong: one message, exit code 2, nothing harmed

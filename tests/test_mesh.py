@@ -1,6 +1,7 @@
 """Whole runs on meshes of eight devices: the losses, and what lies where."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -29,6 +30,13 @@ def write_config(folder, **sections):
     params = jax.tree.map(
         lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape), decoder.param_shapes(shape)
     )
+    # Rows with one to nine targets: a mean of the devices' means would be another loss.
+    rows = [
+        {"messages": [{"role": "user", "content": str(n)},
+                      {"role": "assistant", "content": "aaaaaaaaa"[: 1 + n % 9]}]}
+        for n in range(24)
+    ]  # fmt: skip
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     models.save(
         folder / "model", decoder.Decoder(shape), params, tokenizer_files=tiny.tokenizer_files()
     )
@@ -42,12 +50,12 @@ def write_config(folder, **sections):
     return made, overrides
 
 
-def losses_of(made, overrides):
+def losses_of(made, overrides, steps=20):
     """The loss of each step of a run."""
     loaded = config.load(made, overrides)
     run.run_training(loaded, lambda text: None, jax.devices())
     lines = list(report.read_metrics(loaded.folder / "metrics.jsonl"))
-    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
     return [line["loss"] for line in lines]
 
 
@@ -63,6 +71,16 @@ def test_twenty_steps_have_the_losses_of_one_device(tmp_path, quantize, remat):
         mesh = f"mesh={{data: {data}, fsdp: {fsdp}, tensor: {tensor}}}"
         got = losses_of(made, [*overrides, mesh, f"name=m{data}{fsdp}{tensor}"])
         np.testing.assert_allclose(got, wanted, rtol=TOLERANCE, err_msg=str(sizes))
+
+
+@pytest.mark.parametrize(("quantize", "tensor"), [("null", 2), ("nf4", 4)])
+def test_dora_has_the_losses_of_one_device(tmp_path, quantize, tensor):
+    made, overrides = write_config(tmp_path)
+    overrides += [f"model.quantize={quantize}", "lora.variant=dora", "train.steps=3"]
+    wanted = losses_of(made, [*overrides, "name=one"], steps=3)
+    mesh = f"mesh={{fsdp: -1, tensor: {tensor}}}"
+    got = losses_of(made, [*overrides, mesh, "name=mesh"], steps=3)
+    np.testing.assert_allclose(got, wanted, rtol=TOLERANCE)
 
 
 def compiled_step(quantize, mesh):

@@ -26,8 +26,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(folder, arguments, count):
-    """Starts the processes of a run, with eight devices among them."""
+def start(folder, arguments, count, each=((), ())):
+    """Starts the processes of a run, with eight devices among them, and arguments for each."""
     port = free_port()
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -38,6 +38,7 @@ def start(folder, arguments, count):
     for index in range(count):
         flags = ["--coordinator", f"localhost:{port}", "--processes", count, "--process", index]
         command = [sys.executable, "-m", "jlora.cli", "train", *arguments, *(flags * (count > 1))]
+        command += each[index]
         with open(folder / f"said{index}", "w") as said:
             found.append(
                 subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, env=env)
@@ -80,7 +81,16 @@ def test_a_run_of_two_processes_survives_kills_and_stops_with_the_same_losses(tm
         whole = newest()
         assert 3 <= whole < 15
 
-        processes = start(tmp_path, [*arguments, "mesh={data: 2, fsdp: 2, tensor: 2}"], 2)
+        again = [*arguments, "mesh={data: 2, fsdp: 2, tensor: 2}"]
+        processes = start(tmp_path, again, 2)
+        until(lambda: "Resuming" in said(tmp_path, 0), processes)
+        for one in processes:
+            one.send_signal(signal.SIGTERM)  # before the first step, which compiles
+        assert [one.wait(timeout=60) for one in processes] == [0, 0], said(tmp_path, 0)
+        assert f"Interrupted; saved at step {newest()} of 20" in said(tmp_path, 0)
+        whole = newest()
+
+        processes = start(tmp_path, again, 2)
         until(lambda: newest() >= whole + 2, processes)
         for one in processes:
             one.send_signal(signal.SIGTERM)
@@ -106,6 +116,26 @@ def test_a_run_of_two_processes_survives_kills_and_stops_with_the_same_losses(tm
     assert list((folder / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_device(tmp_path):
+    made, overrides = write_config(tmp_path)
+    wanted = losses_of(made, [*overrides, "name=one"])
+    processes = start(tmp_path, [made, *overrides, "name=two", "mesh={fsdp: -1, tensor: 2}"], 2)
+    assert [one.wait(timeout=200) for one in processes] == [0, 0], said(tmp_path, 0)
+    lines = report.read_metrics(tmp_path / "runs" / "two" / "metrics.jsonl")
+    np.testing.assert_allclose([line["loss"] for line in lines], wanted, rtol=TOLERANCE)
+
+
+def test_processes_with_other_configs_refuse_each_other(tmp_path):
+    made, overrides = write_config(tmp_path)
+    first, second = ["train.steps=20"], ["train.steps=10"]
+    processes = start(tmp_path, [made, *overrides], 2, each=[first, second])
+    assert [one.wait(timeout=60) for one in processes] == [2, 2], said(tmp_path, 0)
+    for index in range(2):
+        assert "The configs differ between the processes of this run" in said(tmp_path, index)
+    assert not (tmp_path / "runs" / "tiny" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -127,6 +157,16 @@ def test_what_cannot_be_is_refused_before_any_compute(tmp_path, capsys, argument
     assert cli.main(["train", str(write_config(tmp_path)), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert len(jax.devices()) == 8
+
+
+def test_a_backend_that_is_not_here_is_one_message(tmp_path):
+    command = [sys.executable, "-m", "jlora.cli", "train", tiny.write_config(tmp_path)]
+    env = os.environ | {"JAX_PLATFORMS": "rocm", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2
+    assert "Unable to initialize backend 'rocm'" in done.stderr
+    assert "Set JAX_PLATFORMS" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_that_stands_still_is_reported_once_with_its_place():
