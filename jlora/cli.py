@@ -29,6 +29,7 @@ Fine-tune language models with LoRA in JAX.
   jlora export runs/quickstart -o adapter/       a PEFT folder
   jlora bench --shape 1b                         speed and memory of a step on this machine
   jlora plan RUN.yaml --topology v5p:4x4x4       whether a run fits hardware that is not here
+  jlora plan RUN.yaml --gpus h100:8              likewise
 """
 _OTHER_BASE = "take an adapter on another base model than the one it was made for"
 
@@ -219,14 +220,19 @@ def _add_plan(commands: Any) -> None:
         description=f"{summary}. No weights are read. Exit code 0 if it fits and 3 if it does not.",
     )
     _add_run_arguments(sub)
-    sub.add_argument(
+    target = sub.add_mutually_exclusive_group(required=True)
+    target.add_argument(
         "--topology",
-        required=True,
         metavar="NAME",
         help="a TPU's generation and its chips along each axis: v5e:2x4, v5p:4x4x4, v6e:4x4, "
         "tpu7x:2x2x1, ...",
     )
-    sub.add_argument("--slices", type=int, default=1, metavar="N", help="of that size; default 1")
+    target.add_argument(
+        "--gpus",
+        metavar="NAME",
+        help="a kind of GPU and how many: h100:8, or hosts and GPUs of each: a100-80g:4x8, ...",
+    )
+    sub.add_argument("--slices", type=int, metavar="N", help="of a TPU topology; default 1")
     sub.add_argument(
         "--shape",
         metavar="NAME",
@@ -438,11 +444,11 @@ def _plan(args: argparse.Namespace) -> int:
     from jlora import topology
 
     topology.set_up()
-    from jlora import plan, plan_report
+    from jlora import gpus, plan, plan_report
 
-    if args.slices < 1:
-        raise ValueError(f"--slices must be at least 1, got {args.slices}.")
-    target = plan.tpu_target(args.topology, args.slices)
+    if args.slices is not None and (args.gpus or args.slices < 1):
+        raise ValueError(f"--slices goes with --topology and is at least 1, got {args.slices}.")
+    target = gpus.gpus(args.gpus) if args.gpus else topology.tpus(args.topology, args.slices or 1)
     model = plan.read_model(run, args.shape)
     _whisper(f"Compiling the step for {target.name} ...")
     made = plan.measure(run, model, target)

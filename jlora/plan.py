@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ from jlora import (
 from jlora import run as runs
 from jlora.base import Base, adapt_base, check_start
 from jlora.leaf import is_array_leaf
-from jlora.models import bnb, decoder, gguf, hf, hub, splash
+from jlora.models import attention, bnb, decoder, gguf, hf, hub
 
 __all__ = [
     "Model",
     "Plan",
-    "Target",
     "dense_leaves",
     "device_bytes",
     "format_of",
@@ -46,32 +45,9 @@ __all__ = [
     "placed",
     "prepare",
     "read_model",
-    "tpu_target",
 ]
 
 Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """The hardware to compile for.
-
-    Attributes:
-      name: such as "v5p:4x4x4".
-      devices: to build a mesh of.
-      memory_bytes: of one device, that a program may use.
-      slices: that the devices are in.
-    """
-
-    name: str
-    devices: Sequence[Any]
-    memory_bytes: int | None
-    slices: int = 1
-
-    @property
-    def kind(self) -> str:
-        """Of each device, as JAX names it."""
-        return self.devices[0].device_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +85,9 @@ class Plan:
         it refused, the sum of the sizes.
       peak_bytes: the most that is held at once; of a refused program, what it would need.
       memory_bytes: that a program may use; None if not known.
-      attention: "splash", or why it runs without the kernels.
+      memory_source: what these bytes are.
+      more_memory: a setting of the environment with which it may use more, and the bytes then.
+      attention: "splash" or "cudnn", or why it runs without kernels.
       collectives: by kind; none of a refused program.
       exact_counts: whether the turns of each loop around a collective are known.
       model_flops: of a step, over all devices, as `shapes.step_flops` counts them on full rows.
@@ -137,6 +115,8 @@ class Plan:
     argument_bytes: int
     peak_bytes: int
     memory_bytes: int | None
+    memory_source: str
+    more_memory: tuple[str, int] | None
     attention: str
     collectives: dict[str, hlo.Total]
     exact_counts: bool
@@ -154,13 +134,6 @@ class Plan:
         """One line of JSON."""
         values = dataclasses.asdict(self) | {"headroom_bytes": self.headroom_bytes}
         return json.dumps(values)
-
-
-def tpu_target(name: str, slices: int = 1) -> Target:
-    """A TPU topology, as `topology.tpus` takes it."""
-    found = topology.tpus(name, slices)
-    shown = name if slices == 1 else f"{slices} slices of {name}"
-    return Target(shown, found, topology.memory_limit(found[0]), slices=slices)
 
 
 def read_model(run: config.RunConfig, shape: str | None = None) -> Model:
@@ -192,13 +165,13 @@ def read_model(run: config.RunConfig, shape: str | None = None) -> Model:
     return Model(shapes.decoder_config(str(file)), str(file), packed)
 
 
-def measure(run: config.RunConfig, model: Model, target: Target) -> Plan:
+def measure(run: config.RunConfig, model: Model, target: topology.Target) -> Plan:
     """Compiles the step of a run for hardware and reads off what it takes.
 
     Args:
       run: from `config.load`.
       model: from `read_model`.
-      target: from `tpu_target`.
+      target: from `topology.tpus` or `gpus.gpus`.
 
     Returns:
       The plan, also of a program that the compiler refuses because it takes too much memory.
@@ -211,7 +184,7 @@ def measure(run: config.RunConfig, model: Model, target: Target) -> Plan:
     mesh = base.mesh
     assert mesh is not None
     with jax.set_mesh(mesh):
-        lowered = step.trace(*arguments).lower(lowering_platforms=("tpu",))
+        lowered = step.trace(*arguments).lower(lowering_platforms=(target.platform,))
         traced = time.perf_counter()
         compiled, refused = None, None
         try:
@@ -252,7 +225,9 @@ def measure(run: config.RunConfig, model: Model, target: Target) -> Plan:
         argument_bytes=given,
         peak_bytes=peak,
         memory_bytes=memory,
-        attention=_attention(run, base.model.config, mesh),
+        memory_source=target.memory_source,
+        more_memory=target.more_memory,
+        attention=_attention(run, base.model.config, target.platform, mesh),
         collectives=hlo.totals(found),
         exact_counts=all(one.is_exact for one in found),
         model_flops=flops,
@@ -262,14 +237,20 @@ def measure(run: config.RunConfig, model: Model, target: Target) -> Plan:
     )
 
 
-def make_mesh(run: config.RunConfig, target: Target) -> jax.sharding.Mesh:
-    """The mesh that a run makes of a target's devices; of one device if it asks for none."""
+def make_mesh(run: config.RunConfig, target: topology.Target) -> jax.sharding.Mesh:
+    """The mesh that a run makes of a target's devices; of one device if it asks for none.
+
+    Raises:
+      ValueError: if the run's sizes do not fit the devices, their slices or the rows of a batch.
+    """
+    if run.mesh is not None:
+        sharding.axis_sizes(run.mesh.model_dump(), len(target.devices), target.slices)
     mesh = fresh.make_mesh(run, target.devices)
     return sharding.make_mesh({}, target.devices[:1]) if mesh is None else mesh
 
 
 def prepare(
-    run: config.RunConfig, model: Model, target: Target
+    run: config.RunConfig, model: Model, target: topology.Target
 ) -> tuple[Base, Any, tuple[train.TrainState, Any, Any, Any]]:
     """The base, the step of `train.make_train_step`, and the step's arguments.
 
@@ -367,13 +348,23 @@ def _flops(run: config.RunConfig, base: Base) -> float:
     return shapes.step_flops(model, adapters, tokens=rows * run.data.length, pairs=pairs)
 
 
-def _attention(run: config.RunConfig, model: decoder.DecoderConfig, mesh: Any) -> str:
-    def heads(count: int) -> Any:
-        shape = (run.train.batch_size, run.data.length, count, model.head_dim)
-        return jax.ShapeDtypeStruct(shape, model.dtype)
+def _attention(
+    run: config.RunConfig, model: decoder.DecoderConfig, platform: str, mesh: Any
+) -> str:
+    rows = (run.train.batch_size, run.data.length)
 
-    reason = splash.unsupported(heads(model.num_heads), heads(model.num_kv_heads), mesh)
-    return "splash" if reason is None else f"without kernels: {reason}"
+    def heads(count: int) -> Any:
+        return jax.ShapeDtypeStruct((*rows, count, model.head_dim), model.dtype)
+
+    reason = attention.without_kernels(
+        platform,
+        heads(model.num_heads),
+        heads(model.num_kv_heads),
+        segment_ids=jax.ShapeDtypeStruct(rows, np.int32),
+        softcap=model.attention_softcap,
+        mesh=mesh,
+    )
+    return attention.KERNELS[platform] if reason is None else f"without kernels: {reason}"
 
 
 def _peak(analysis: Any) -> int:

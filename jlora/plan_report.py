@@ -33,7 +33,8 @@ def table(plan: Plan) -> str:
     if plan.memory_bytes is not None and plan.headroom_bytes is not None:
         share = 100 * plan.headroom_bytes / plan.memory_bytes
         memory["head-room"] = (
-            f"{_size(plan.headroom_bytes)} of {_size(plan.memory_bytes)} ({share:.0f} %)"
+            f"{_size(plan.headroom_bytes)} of {_size(plan.memory_bytes)} ({share:.0f} %): "
+            f"{plan.memory_source}"
         )
     rows |= {f"{name} a device": value for name, value in memory.items()}
     for kind, total in plan.collectives.items():
@@ -94,6 +95,9 @@ def advice(plan: Plan, *, num_devices: int) -> list[str]:
             lines.append(f"more devices: {what}.")
     if plan.remat not in ("full", "offload"):
         lines.append("model.remat=full: activations are computed again.")
+    if plan.more_memory is not None and plan.peak_bytes <= plan.more_memory[1]:
+        setting, more = plan.more_memory
+        lines.append(f"{setting} in the environment of the run: it may then use {_size(more)}.")
     parts = plan.mesh["data"] * plan.mesh["fsdp"]
     if plan.rows > parts:
         fewer = max(parts, plan.rows // 2 // parts * parts)

@@ -32,6 +32,7 @@ __all__ = [
     "DECODER_RULES",
     "Activations",
     "Rules",
+    "axis_sizes",
     "batch_sharding",
     "follow",
     "make_mesh",
@@ -77,7 +78,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
       ValueError: if the sizes do not fit the devices; says which would.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    shape = _sizes(sizes, len(devices), slices)
+    shape = axis_sizes(sizes, len(devices), slices)
     between = _between_slices(shape, slices)
     if slices == 1 or between is None:
         array = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
@@ -143,8 +144,17 @@ class Activations:
         return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def _sizes(sizes: Mapping[str, int], count: int, slices: int) -> tuple[int, ...]:
-    """The size of each axis with -1 resolved, or the error that lists those that fit."""
+def axis_sizes(sizes: Mapping[str, int], count: int, slices: int = 1) -> tuple[int, ...]:
+    """The size of each axis of a mesh, with -1 resolved.
+
+    Args:
+      sizes: as in `make_mesh`.
+      count: of all devices.
+      slices: that they are in.
+
+    Raises:
+      ValueError: if the sizes do not fit the devices; says which would.
+    """
     asked = [sizes.get(name, 1) for name in AXES]
     shown = ", ".join(f"{name}: {size}" for name, size in zip(AXES, asked))
     if unknown := sorted(set(sizes) - set(AXES)):

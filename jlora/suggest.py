@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jlora import config, plan, sharding
+from jlora import config, plan, sharding, topology
 from jlora.models import decoder, hf
 
 __all__ = ["Suggestion", "suggest"]
@@ -56,7 +56,7 @@ class _Candidate:
 def suggest(
     load: Callable[[Sequence[str]], config.RunConfig],
     model: plan.Model,
-    target: plan.Target,
+    target: topology.Target,
     refused: plan.Plan | None,
     say: Say,
     *,
@@ -68,7 +68,7 @@ def suggest(
     Args:
       load: gives the run with overrides such as `model.remat=full`.
       model: from `plan.read_model`.
-      target: from `plan.tpu_target`.
+      target: from `topology.tpus` or `gpus.gpus`.
       refused: the plan of the run as it is, if that does not fit.
       say: told of each try.
       want: ends at so many that fit.
@@ -111,7 +111,7 @@ def _settings(made: plan.Plan) -> tuple[int, ...]:
 
 
 def _candidates(
-    run: config.RunConfig, model: plan.Model, target: plan.Target
+    run: config.RunConfig, model: plan.Model, target: topology.Target
 ) -> Iterator[_Candidate]:
     count = len(target.devices)
     current = plan.format_of(run, model)
@@ -123,9 +123,9 @@ def _candidates(
     for (steps, fmt), remat, tensor in itertools.product(
         enumerate(below), policies, _tensor_parts(model, count)
     ):
-        for data in sorted({target.slices, count // tensor}):
-            parts = count // tensor
-            if parts % data:
+        parts = count // tensor
+        for data in dict.fromkeys((target.slices, 1, parts)):
+            if parts % data or parts % target.slices:
                 continue
             mesh = {"data": data, "fsdp": parts // data, "tensor": tensor}
             for batch in _batches(rows, parts, run.train.batch_size):
@@ -152,7 +152,7 @@ def _abstract(shape: decoder.DecoderConfig, fmt: Any) -> Any:
 def _estimate(
     run: config.RunConfig,
     model: plan.Model,
-    target: plan.Target,
+    target: topology.Target,
     sizes: dict[str, int],
     batch: int,
     form: tuple[int, str | None, str],

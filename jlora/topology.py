@@ -1,5 +1,6 @@
-"""Devices that are not here, to compile for: TPU slices, with libtpu installed."""
+"""Hardware that is not here, to compile for: what it is; TPU slices, with libtpu installed."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-__all__ = ["ENVIRONMENT", "memory_limit", "out_of_memory", "set_up", "tpus"]
+__all__ = ["ENVIRONMENT", "Target", "out_of_memory", "set_up", "tpus"]
 
 _NAME = re.compile(r"(v[2-6][ep]?|v5|tpu7x):(\d+(?:x\d+){1,2})")
 # What libtpu wants to know of the machine around a TPU; here there is none. To be set before it.
@@ -24,17 +25,48 @@ _EXCEEDS = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMG
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The hardware to compile for.
+
+    Attributes:
+      name: such as "v5p:4x4x4".
+      platform: "tpu" or "cuda", for which programs are lowered.
+      devices: to build a mesh of.
+      memory_bytes: of one device, that a program may use; None if that is not known.
+      memory_source: what these bytes are.
+      more_memory: a setting of the environment with which it may use more, and the bytes then.
+      slices: that the devices are in: slices of TPUs, hosts of GPUs. The network between them is
+        slower than the one within.
+    """
+
+    name: str
+    platform: str
+    devices: Sequence[Any]
+    memory_bytes: int | None
+    memory_source: str = ""
+    more_memory: tuple[str, int] | None = None
+    slices: int = 1
+
+    @property
+    def kind(self) -> str:
+        """Of each device, as JAX names it."""
+        return self.devices[0].device_kind
+
+
 def set_up() -> None:
-    """Makes a process that only compiles: it runs on the CPU and takes no TPU from another."""
+    """Makes a process that only compiles: it runs on the CPU and takes no device from another."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # XLA's remarks on a program that takes too much would stand in the report; errors are raised.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     jax.config.update("jax_platforms", "cpu")
     # What is compiled for devices that are not here can be written to a cache and not read back.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def tpus(name: str, slices: int = 1) -> Sequence[Any]:
-    """The devices of a TPU topology.
+def tpus(name: str, slices: int = 1) -> Target:
+    """A TPU topology.
 
     Args:
       name: a generation and the chips along each axis, such as "v5p:4x4x4" or "v5e:2x4".
@@ -59,7 +91,7 @@ def tpus(name: str, slices: int = 1) -> Sequence[Any]:
     if slices > 1:
         options["num_slices"] = slices
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         text = str(error)
         if "TPU support not installed" in text or "libtpu" in text.lower():
@@ -71,9 +103,12 @@ def tpus(name: str, slices: int = 1) -> Sequence[Any]:
             f"There is no TPU topology {name!r}: {text.splitlines()[0]}. The chips come in blocks "
             "of 2x2 (v5e, v6e) or 2x2x1 (v4, v5p, tpu7x)."
         ) from None
+    shown = name if slices == 1 else f"{slices} slices of {name}"
+    source = "what the compiler lets a program use"
+    return Target(shown, "tpu", found, _memory_limit(found[0]), source, slices=slices)
 
 
-def memory_limit(device: Any) -> int | None:
+def _memory_limit(device: Any) -> int | None:
     """Bytes of a TPU's memory that a program may use, or None if the compiler does not say.
 
     The compiler names them when it refuses a program, so it is asked for one that cannot be.

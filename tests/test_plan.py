@@ -8,8 +8,8 @@ import pathlib
 import jax
 import pytest
 
-from jlora import cli, config, hardware, hlo, plan, plan_report, shapes, suggest, topology
-from jlora.models import decoder, hf
+from jlora import cli, config, gpus, hardware, hlo, plan, plan_report, shapes, suggest, topology
+from jlora.models import attention, decoder, hf
 
 RUN = """
 name: tiny
@@ -20,6 +20,7 @@ lora: {rank: 4, targets: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, do
 train: {steps: 10, batch_size: 8}
 """
 TINY = ("--topology", "v5e:2x4", "--shape", "tiny")
+TINY_GPUS = ("--gpus", "h100:8", "--shape", "tiny")
 PROJECTIONS = 2 * (4 * 64 * 64 - 2 * 64 * 32 + 3 * 64 * 128)  # of two layers
 FACTORS = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 
@@ -31,6 +32,13 @@ def run_file(tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     return str(path)
+
+
+def need_cuda_plugin():
+    try:
+        gpus.gpus("h100:1")
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def planned(capsys, *arguments):
@@ -80,7 +88,7 @@ def test_a_pod_step_reduces_factors_and_activations_but_no_frozen_weight(tmp_pat
         vocab_size=1024, hidden_size=512, intermediate_size=1536, num_layers=3, num_heads=4,
         num_kv_heads=4, head_dim=128,
     )  # fmt: skip
-    target = plan.tpu_target("v5e:2x4")
+    target = topology.tpus("v5e:2x4")
     base, step, arguments = plan.prepare(run, plan.Model(shape, "a test"), target)
     with jax.set_mesh(base.mesh):
         compiled = step.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
@@ -123,7 +131,8 @@ def made_plan(**changes):
         "mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "quantize": None, "remat": "none",
         "rows": 32, "accumulation": 1, "length": 2048, "fits": False, "frozen_bytes": 10**9,
         "state_bytes": 10**8, "argument_bytes": 2 * 10**9, "peak_bytes": 40 * 10**9,
-        "memory_bytes": 16 * 10**9, "attention": "splash", "collectives": {},
+        "memory_bytes": 16 * 10**9, "memory_source": "", "more_memory": None,
+        "attention": "splash", "collectives": {},
         "exact_counts": True, "model_flops": 1.0, "floor_seconds": None, "trace_seconds": 0.0,
         "compile_seconds": 0.0,
     }  # fmt: skip
@@ -134,7 +143,7 @@ def test_suggestions_are_searched_from_near_to_far(tmp_path, monkeypatch):
     """A compiler that takes twice the weights' size stands in for the one that takes minutes."""
     path = tmp_path / "run.yaml"
     path.write_text(RUN.replace("batch_size: 8", "batch_size: 32"))
-    target = plan.Target("eight", jax.devices(), 16 * 2**30)
+    target = topology.Target("eight", "tpu", jax.devices(), 16 * 2**30)
     model = plan.Model(shapes.decoder_config("70b"), "the shape 70b")
     asked = []
 
@@ -199,6 +208,154 @@ def test_without_libtpu_one_message_says_how_to_install_it(capsys, run_file, mon
     assert f'pip install "jax[tpu]=={jax.__version__}"' in err
 
 
+@pytest.mark.slow
+def test_a_plan_for_gpus_says_the_same_things(capsys, run_file):
+    need_cuda_plugin()
+    code, out, err = planned(capsys, run_file, *TINY_GPUS)
+    assert code == 0, err
+    *table, line = out.splitlines()
+    assert table[-1] == "Fits."
+    made = json.loads(line)
+    assert made["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert made["device_kind"] == "NVIDIA H100 80GB HBM3"
+    assert made["attention"] == "cudnn"
+    assert made["frozen_bytes"] == 2 * ((PROJECTIONS + 2 * 256 * 64) // 8 + 5 * 64)
+    assert made["argument_bytes"] >= made["frozen_bytes"] + made["state_bytes"]
+    assert made["argument_bytes"] < made["peak_bytes"] < 2**24
+    assert made["memory_bytes"] == int(0.75 * gpus.KINDS["h100"].memory_bytes)
+    assert made["exact_counts"]
+    # each weight comes whole, but for its part of `tensor`, forward and back; XLA joins small ones
+    assert made["collectives"]["all-gather"]["bytes"] >= 2 * PROJECTIONS
+    assert made["floor_seconds"] == pytest.approx(made["model_flops"] / 8 / 989e12)
+
+
+@pytest.mark.slow
+def test_a_step_on_gpus_reduces_factors_and_activations_but_no_frozen_weight(tmp_path):
+    """XLA joins what is reduced in one place; in all it is as much as the factors."""
+    need_cuda_plugin()
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.replace("tensor: 2", "tensor: 1"))
+    run = config.load(path)
+    shape = shapes.decoder_config("tiny")
+    shape = dataclasses.replace(shape, hidden_size=512, intermediate_size=1536)
+    target = gpus.gpus("h100:8")
+    base, step, arguments = plan.prepare(run, plan.Model(shape, "a test"), target)
+    with jax.set_mesh(base.mesh):
+        compiled = step.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    found = hlo.collectives(compiled.as_text())
+    reduced = sum(
+        math.prod(sizes)
+        for one in found
+        if one.kind in ("all-reduce", "reduce-scatter")
+        for _, sizes in one.shapes
+        for _ in range(one.executions)
+    )
+    factors = sum(x.size for x in jax.tree.leaves(arguments[0].trainable))
+    assert reduced < 1.2 * factors
+    assert compiled.memory_analysis().alias_size_in_bytes > 0.9 * plan.device_bytes(arguments[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", gpus.KINDS)
+def test_every_kind_of_gpu_has_a_peak_and_compiles(run_file, kind):
+    need_cuda_plugin()
+    target = gpus.gpus(f"{kind}:2x2")
+    assert [device.process_index for device in target.devices] == [0, 0, 1, 1]
+    assert target.slices == 2
+    assert hardware.peak_flops(target.kind) is not None
+    model = plan.Model(shapes.decoder_config("tiny"), "tiny")
+    assert plan.measure(config.load(run_file), model, target).fits
+
+
+@pytest.mark.slow
+def test_a_mistake_about_gpus_that_the_plugin_sees_ends_with_one_message(capsys, run_file):
+    need_cuda_plugin()
+    cases = [
+        (["mesh.tensor=3"], ["8 devices", "Sizes that do"]),
+        (["train.batch_size=6"], ["train.batch_size is 6", "multiple of 4"]),
+        (["--gpus", "h100:4x2", "mesh.tensor=8"], ["8 devices in 4 slices"]),
+    ]
+    for arguments, words in cases:
+        code, out, err = planned(capsys, run_file, *TINY_GPUS, *arguments)
+        assert code == 2
+        assert not out
+        assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpus", "h100"], ["'h100'", "h100:8", "h100:4x8"]),
+        (["--gpus", "h100:0x8"], ["'h100:0x8'"]),
+        (["--gpus", "l40:8"], ["'l40'", "a100-40g, a100-80g, h100, h200, b200"]),
+        (["--gpus", "h100:32"], ["at most 8", "h100:4x8"]),
+        (["--gpus", "h100:8", "--slices", "2"], ["--slices", "--topology"]),
+    ],
+)
+def test_a_mistake_in_the_name_of_gpus_needs_no_plugin(capsys, run_file, arguments, words):
+    code, out, err = planned(capsys, run_file, *arguments)
+    assert code == 2
+    assert not out
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("arguments", [[], [*TINY, "--gpus", "h100:8"]])
+def test_a_plan_is_for_tpus_or_for_gpus(capsys, run_file, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", run_file, *arguments])
+    assert stopped.value.code == 2
+    assert "--gpus" in capsys.readouterr().err
+
+
+def test_without_the_cuda_plugin_one_message_says_how_to_install_it(capsys, run_file, monkeypatch):
+    def absent(*args, **options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(gpus.topologies, "get_topology_desc", absent)
+    code, _, err = planned(capsys, run_file, *TINY_GPUS)
+    assert code == 2
+    assert f'pip install "jax[cuda12]=={jax.__version__}"' in err
+
+
+def test_the_share_of_a_gpus_memory_is_what_the_environment_says(monkeypatch, capsys, run_file):
+    described = []
+
+    def topology_of(name, platform, *, topology, target_config):
+        described.append((platform, topology, target_config))
+        return type("Topology", (), {"devices": jax.devices()[:2]})
+
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gpus.topologies, "get_topology_desc", topology_of)
+    whole = gpus.KINDS["a100-40g"].memory_bytes
+    target = gpus.gpus("a100-40g:2x8")
+    assert target.memory_bytes == int(0.75 * whole)
+    assert target.more_memory == ("XLA_CLIENT_MEM_FRACTION=0.9", int(0.9 * whole))
+    assert described[0][:2] == ("cuda", "1x2x8")
+    assert f"device_memory_size: {whole}" in described[0][2]
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    target = gpus.gpus("a100-40g:8")
+    assert target.memory_bytes == int(0.95 * whole)
+    assert target.more_memory is None
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
+    code, _, err = planned(capsys, run_file, *TINY_GPUS)
+    assert code == 2
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in err
+
+
+def test_attention_says_why_it_runs_without_kernels():
+    def heads(length, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct((2, length, 4, 64), dtype)
+
+    odd, ids = heads(129), jax.ShapeDtypeStruct((2, 129), "int32")
+    assert "129" in attention.without_kernels("tpu", odd, odd)
+    assert "129" in attention.without_kernels("cuda", odd, odd, segment_ids=ids)
+    wide, full = heads(128), heads(128, "float32")
+    assert attention.without_kernels("tpu", wide, wide) is None
+    assert "soft cap" in attention.without_kernels("cuda", wide, wide, softcap=50.0)
+    assert "float32" in attention.without_kernels("cuda", full, full)
+
+
 def test_a_model_is_found_by_its_name_or_its_config(tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
 
@@ -222,7 +379,7 @@ def test_a_model_is_found_by_its_name_or_its_config(tmp_path, monkeypatch):
 
 def test_every_config_that_is_shipped_for_a_pod_says_where_it_fits():
     """The names are known without a download; the fits themselves are in docs/plan.md."""
-    for name, count in (("lora-70b-v5p-64", 64), ("qlora-8b-v5e-8", 8)):
+    for name, count in (("lora-70b-v5p-64", 64), ("qlora-8b-v5e-8", 8), ("lora-70b-gpus-8", 8)):
         run = config.load(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.yaml")
         model = plan.read_model(run)
         assert model.config.num_layers in (32, 80)
@@ -263,4 +420,8 @@ def test_advice_follows_what_is_in_the_way():
     alone = dataclasses.replace(made, num_devices=1, mesh={"data": 1, "fsdp": 1, "tensor": 1})
     assert "mesh.fsdp=-1" in plan_report.advice(alone, num_devices=8)[0]
     assert plan_report.advice(dataclasses.replace(made, fits=True), num_devices=8) == []
+    near = dataclasses.replace(made, more_memory=("SHARE=0.9", 41 * 10**9))
+    assert any(line.startswith("SHARE=0.9 ") for line in plan_report.advice(near, num_devices=8))
+    far = dataclasses.replace(made, more_memory=("SHARE=0.9", 39 * 10**9))
+    assert plan_report.advice(far, num_devices=8) == [remat, batch]
     assert hardware.find("TPU7x").per_chip == 2

@@ -15,7 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models import remat, splash
 
-__all__ = ["cached_attention", "causal_attention"]
+__all__ = ["KERNELS", "cached_attention", "causal_attention", "without_kernels"]
+
+# Of each platform that has some, by the name under which computations are lowered for it.
+KERNELS = {"cuda": "cudnn", "tpu": "splash"}
 
 # Finite, so that a row with every score masked gives numbers, not NaN; exp of it is exactly 0.
 _MASKED = -1e30
@@ -50,17 +53,47 @@ def causal_attention(
     """
     options = _Options(window, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     xla = functools.partial(_xla, options=options)
-    kernels = {}
-    if _cudnn_supports(q, k, segment_ids, options):
-        kernels["cuda"] = functools.partial(_cudnn, options=options)
-    reason = splash.unsupported(q, k, mesh)
-    if reason is None:
-        kernels["tpu"] = functools.partial(splash.attention, mesh=mesh, **options._asdict())
-    elif jax.default_backend() == "tpu":
-        _say_once(f"Attention runs without the TPU's kernels: {reason}.")
+    kernels: dict[str, Any] = {
+        "cuda": functools.partial(_cudnn, options=options),
+        "tpu": functools.partial(splash.attention, mesh=mesh, **options._asdict()),
+    }
+    for platform in tuple(kernels):
+        reason = without_kernels(
+            platform, q, k, segment_ids=segment_ids, window=window, softcap=softcap, mesh=mesh
+        )
+        if reason is not None:
+            del kernels[platform]
+            if platform == jax.default_backend() == "tpu":
+                _say_once(f"Attention runs without the TPU's kernels: {reason}.")
     if not kernels:
         return xla(q, k, v, segment_ids)
     return jax.lax.platform_dependent(q, k, v, segment_ids, **kernels, default=xla)
+
+
+def without_kernels(
+    platform: str,
+    q: Any,
+    k: Any,
+    *,
+    segment_ids: Any = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mesh: Any = None,
+) -> str | None:
+    """Why `causal_attention` runs as plain XLA on a platform, or None where `KERNELS` run.
+
+    Args:
+      platform: a key of `KERNELS`.
+      q: as in `causal_attention`; like the rest, an array or its shape.
+      k: likewise.
+      segment_ids: likewise.
+      window: likewise.
+      softcap: likewise.
+      mesh: likewise.
+    """
+    if platform == "tpu":
+        return splash.unsupported(q, k, mesh)
+    return _cudnn_unsupported(q, k, segment_ids, _Options(window, 1.0, softcap))
 
 
 def cached_attention(
@@ -101,24 +134,25 @@ def _say_once(text: str) -> None:
     logging.getLogger("jlora").warning(text)
 
 
-def _cudnn_supports(
-    q: jax.Array, k: jax.Array, segment_ids: jax.Array | None, options: _Options
-) -> bool:
-    """Whether cuDNN can take these shapes, were they lowered for an NVIDIA GPU."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or options.softcap is not None:
-        return False
-    if segment_ids is not None and q.shape[1] % 2:  # its backward pass wants an even length then
-        return False
+def _cudnn_unsupported(q: Any, k: Any, segment_ids: Any, options: _Options) -> str | None:
+    """Why cuDNN cannot take these shapes, were they lowered for an NVIDIA GPU."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's kernels take bfloat16 and float16, not {q.dtype}"
+    if options.softcap is not None:
+        return "cuDNN's kernels have no soft cap"
+    if segment_ids is not None and q.shape[1] % 2:
+        return f"cuDNN's backward pass wants an even length with segments, not {q.shape[1]}"
     if jax.default_backend() == "gpu":
         # jax does not check this one: the flash kernels need Ampere or newer.
         capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
         if float(capability) < 8.0:
-            return False
+            return f"cuDNN's kernels need compute capability 8.0, and this GPU has {capability}"
     try:
         jax.eval_shape(functools.partial(_cudnn, options=options), q, k, k, segment_ids)
-    except (NotImplementedError, RuntimeError, ValueError):
-        return False  # jax documents that it raises where the shape, the dtype or cuDNN is missing
-    return True
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        # jax documents that it raises where the shape, the dtype or cuDNN is missing
+        return str(error).split("\n")[0].rstrip(".")
+    return None
 
 
 def _cudnn(
