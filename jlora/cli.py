@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jlora.arguments import append, count, file
+
 if TYPE_CHECKING:
     from jlora.base import Base
 
@@ -31,6 +33,7 @@ Fine-tune language models with LoRA in JAX.
   jlora plan RUN.yaml --topology v5p:4x4x4       whether a run fits hardware that is not here
   jlora plan RUN.yaml --gpus h100:8              likewise
 """
+_JSON = "append the line of JSON to this file too"
 _OTHER_BASE = "take an adapter on another base model than the one it was made for"
 
 
@@ -187,7 +190,7 @@ def _add_generate(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     summary = "measure a training step on random weights"
     sub = commands.add_parser("bench", help=summary, description=f"{summary}; no download")
-    sub.add_argument("--json", metavar="FILE", help="append the line of JSON to this file too")
+    sub.add_argument("--json", type=file, metavar="FILE", help=_JSON)
     # Without a default here, that of bench.Settings holds.
     for name, kind, described in (
         ("shape", str, "tiny, 1b, 8b, 65b, 70b or the path of a config.json; default 1b"),
@@ -232,7 +235,7 @@ def _add_plan(commands: Any) -> None:
         metavar="NAME",
         help="a kind of GPU and how many: h100:8, or hosts and GPUs of each: a100-80g:4x8, ...",
     )
-    sub.add_argument("--slices", type=int, metavar="N", help="of a TPU topology; default 1")
+    sub.add_argument("--slices", type=count, metavar="N", help="of a TPU topology; default 1")
     sub.add_argument(
         "--shape",
         metavar="NAME",
@@ -243,10 +246,8 @@ def _add_plan(commands: Any) -> None:
         action="store_true",
         help="compile other meshes, batches, remat and formats of the base, and list what fits",
     )
-    sub.add_argument(
-        "--want", type=int, default=3, metavar="N", help="suggestions to look for; default 3"
-    )
-    sub.add_argument("--json", metavar="FILE", help="append the line of JSON to this file too")
+    sub.add_argument("--want", type=count, default=3, metavar="N", help="suggestions; default 3")
+    sub.add_argument("--json", type=file, metavar="FILE", help=_JSON)
     sub.set_defaults(command=_plan)
 
 
@@ -286,8 +287,8 @@ def _is_broken_program(message: str) -> bool:
     from jlora import base
 
     name = message.split("'")[1]
-    for file in base.cache_folder().glob(f"programs-*/{name}-*"):
-        file.unlink(missing_ok=True)
+    for program in base.cache_folder().glob(f"programs-*/{name}-*"):
+        program.unlink(missing_ok=True)
     return True
 
 
@@ -432,9 +433,7 @@ def _bench(args: argparse.Namespace) -> None:
     _say(bench.table(result))
     line = json.dumps(result)
     _say(line)
-    if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    append(args.json, [line])
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -446,8 +445,8 @@ def _plan(args: argparse.Namespace) -> int:
     topology.set_up()
     from jlora import gpus, plan, plan_report
 
-    if args.slices is not None and (args.gpus or args.slices < 1):
-        raise ValueError(f"--slices goes with --topology and is at least 1, got {args.slices}.")
+    if args.slices is not None and args.gpus:
+        raise ValueError("--slices goes with --topology; hosts of GPUs are --gpus h100:4x8.")
     target = gpus.gpus(args.gpus) if args.gpus else topology.tpus(args.topology, args.slices or 1)
     model = plan.read_model(run, args.shape)
     _whisper(f"Compiling the step for {target.name} ...")
@@ -461,9 +460,7 @@ def _plan(args: argparse.Namespace) -> int:
     elif not made.fits:
         _say("--suggest looks for settings that fit.")
     _say("\n".join(lines))
-    if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+    append(args.json, lines)
     return 0 if made.fits else 3
 
 

@@ -12,7 +12,8 @@ from jax.experimental import topologies
 
 __all__ = ["ENVIRONMENT", "Target", "out_of_memory", "set_up", "tpus"]
 
-_NAME = re.compile(r"(v[2-6][ep]?|v5|tpu7x):(\d+(?:x\d+){1,2})")
+_NAME = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):(\d+(?:x\d+){1,2})")
+_LONGEST = {2: 16, 3: 32}  # chips along an axis of a pod; the compiler aborts far beyond them
 # What libtpu wants to know of the machine around a TPU; here there is none. To be set before it.
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -83,8 +84,13 @@ def tpus(name: str, slices: int = 1) -> Target:
             "v5e:2x4; its v5p-128 has 128 cores, which is 64 chips, v5p:4x4x4.)"
         )
     generation, sizes = match.groups()
+    chips = [int(size) for size in sizes.split("x")]
+    if max(chips) > _LONGEST[len(chips)]:
+        raise ValueError(
+            f"There is no TPU topology {name!r}: an axis has at most {_LONGEST[len(chips)]} chips."
+        )
     options: dict[str, Any] = {}
-    if all(size == "1" for size in sizes.split("x")):
+    if max(chips) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if generation == "v4":
         options["chip_config_name"] = "megacore"  # as JAX runs it: one device to a chip

@@ -176,12 +176,25 @@ def test_suggestions_are_searched_from_near_to_far(tmp_path, monkeypatch):
     assert len({(run.model, run.mesh, run.train) for run in asked}) == len(asked)
 
 
+def test_a_bad_option_is_refused_before_anything_is_compiled(capsys, run_file, tmp_path):
+    for options, word in (
+        (["--slices", "0"], "0 is no whole number"),
+        (["--suggest", "--want", "0"], "0 is no whole number"),
+        (["--json", str(tmp_path / "none" / "plan.json")], "No such file or directory"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", str(run_file), *TINY, *options])
+        assert ended.value.code == 2
+        assert word in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--topology", "v5litepod-8"], ["'v5litepod-8'", "v5e:2x4"]),
         (["--topology", "v5e:3x5"], ["v5e:3x5", "2x2"]),
-        (["--topology", "v5e:2x4", "--slices", "0"], ["--slices", "0"]),
+        (["--topology", "v5e:100x100"], ["v5e:100x100", "at most 16"]),
+        (["--topology", "v3:2x2"], ["v3:2x2", "v5e:2x4"]),
         (["--topology", "v5e:2x4", "--shape", "71b"], ["'71b'", "70b"]),
         (["--topology", "v5e:2x4"], ["some/model", "--shape"]),
         ([*TINY, "mesh.tensor=3"], ["8 devices", "Sizes that do"]),

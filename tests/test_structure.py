@@ -23,7 +23,7 @@ ORDER = [
     "peft_read", "peft", "multihost", "checkpoint", "chat", "tokens", "packing", "data",
     "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes", "bench", "base",
     "dialogue", "config", "report", "process", "devices", "fresh", "run", "saved", "hlo",
-    "topology", "gpus", "plan", "plan_report", "suggest", "cli",
+    "topology", "gpus", "plan", "plan_report", "suggest", "arguments", "cli",
 ]
 # fmt: on
 
