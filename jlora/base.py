@@ -206,8 +206,12 @@ def adapt_base(
     where = sharding.shardings(adapted, base.mesh, sharding.DECODER_RULES)
 
     def half(values: Any) -> Any:
-        names = jlora.labels(adapted, lora)
-        return jax.tree.map(lambda name, x: None if name == "frozen" else x, names, values)
+        return tree.map_with_path(made, values, is_leaf=is_array_leaf)
+
+    def made(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, jlora.LoraArray):
+            return dataclasses.replace(leaf, w=None)
+        return leaf if any(tree.matches(pattern, path) for pattern in lora.train) else None
 
     # Weights go in and do not come out, or the program would copy them.
     make = jax.jit(lambda key, params: half(init(key, params)), out_shardings=half(where))
