@@ -9,6 +9,7 @@ from typing import Any
 
 from jlora import dora as _dora  # noqa: F401  registers a variant
 from jlora import variants
+from jlora import vera as _vera  # noqa: F401
 from jlora.interpret import adapt
 from jlora.lora import LoraArray, LoraConfig, init, labels, merge_params, split
 from jlora.merging import merge_error

@@ -201,7 +201,7 @@ def _add_bench(commands: Any) -> None:
         ("length", int, "tokens of a row; default 2048"),
         ("segments", int, "packed examples in a row; default 1, without a mask"),
         ("rank", int, "of the adapters; default 16"),
-        ("variant", str, "of the adapters, lora (default) or dora"),
+        ("variant", str, "of the adapters, lora (default), dora or vera"),
         ("targets", str, "weights to adapt, with commas; default the seven projections"),
         ("head-chunk", int, "tokens that go through the head together; default as in a run"),
         ("accumulation", int, "micro-batches of a step; default 1"),

@@ -128,7 +128,7 @@ class LoraSection(_Section):
     train: tuple[str, ...] | str = ()
     rows: dict[str, tuple[Annotated[int, pydantic.Field(ge=0)], ...]] = {}
     dtype: Literal["float32", "bfloat16"] = "float32"
-    variant: Literal["lora", "dora"] = "lora"
+    variant: Literal["lora", "dora", "vera"] = "lora"
     init: Annotated[str, pydantic.AfterValidator(_init)] = "default"
 
 

@@ -32,7 +32,7 @@ from jlora.leaf import (
 )
 from jlora.lora import LoraArray, variant
 from jlora.lora_config import Axis
-from jlora.lowrank import Factored, LowRank, contract
+from jlora.lowrank import Factored, LowRank, contract, spread_along
 from jlora.packed_products import PackedLowRank
 from jlora.products import arrange, gather_axes, gather_rows
 
@@ -219,16 +219,7 @@ class Dora(Factored):
 
     def gain_along(self, axes: Sequence[Any], like: jax.Array) -> jax.Array:
         """The gain over an array whose axes are the leaf's own, by number, or others."""
-        owned = self.owned()
-        gone = [axis for axis in range(self.ndim + 1) if axis not in owned]
-        present = [axis for axis in axes if axis in owned]
-        gain = lax.squeeze(self.gain, gone).transpose([owned.index(axis) for axis in present])
-        gain = lax.expand_dims(gain, [i for i, axis in enumerate(axes) if axis not in owned])
-        sharding = explicit_sharding(jax.typeof(like))
-        if sharding is not None:
-            places = (p if n > 1 else None for p, n in zip(sharding.spec, gain.shape))
-            gain = jax.reshard(gain, NamedSharding(sharding.mesh, PartitionSpec(*places)))
-        return gain
+        return spread_along(self.gain, [*range(self.ndim), "none"], axes, like)
 
 
 def _times(gain: jax.Array, x: jax.Array) -> jax.Array:

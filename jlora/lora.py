@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,7 @@ class LoraArray(ArrayLeaf):
     """
 
     kind: ClassVar[str] = "LoRA"
+    any_rank: ClassVar[bool] = False  # whether the rank may be above the sides of the weight
     # Of each array beside the weight: its label, and the role of each of its axes.
     arrays: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
         "a": ("lora_a", ("stack", "in", "rank")),
@@ -80,6 +81,17 @@ class LoraArray(ArrayLeaf):
     scaling: float = dataclasses.field(metadata={"static": True})
     axes: tuple[Axis, ...] = dataclasses.field(default=("in", "out"), metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+    @classmethod
+    def draw(
+        cls,
+        key: jax.Array,
+        shapes: Mapping[str, "_Shapes"],
+        roles: Mapping[str, tuple[Axis, ...]],
+        dtype: str,
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Fresh `a` and `b` for each path, by the shapes that those of a plain LoRA have."""
+        return {path: _draw_factors(key, path, *shapes[path], dtype) for path in roles}
 
     @classmethod
     def start(cls, w: Any, a: Any, b: Any, **static: Any) -> Self:
@@ -155,7 +167,11 @@ class LoraArray(ArrayLeaf):
             kind, w = LowRank, self.w
         return kind(w, u, v, scaling=self.scaling, dropout=self.dropout, path=path)
 
-    def spread(self, factor: jax.Array, owned: Axis) -> jax.Array:
+    def product_factors(self) -> tuple[Any, Any]:
+        """The `a` and `b` whose product, times `scaling`, is the update."""
+        return self.a, self.b
+
+    def spread(self, factor: jax.Array, owned: Axis | Literal["rank"]) -> jax.Array:
         """`[*stack *owned rank]` to `[*axes rank]`, with size 1 along the other factor's axes."""
         roles = self.roles
         order = [axis for role in ("stack", owned) for axis, r in enumerate(roles) if r == role]
@@ -235,12 +251,12 @@ def init(
     _check_train(leaves, config, roles)
     rows = choose_rows(leaves, config, roles)
 
-    shapes = {path: _factor_shapes(path, leaves[path], r, config) for path, r in roles.items()}
+    shapes = {
+        path: _factor_shapes(path, leaves[path], r, config, kind) for path, r in roles.items()
+    }
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
 
-    def draw(key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-        return {path: _draw_factors(key, path, *shapes[path], config.dtype) for path in shapes}
-
+    draw = functools.partial(kind.draw, shapes=shapes, roles=roles, dtype=config.dtype)
     factors = jax.eval_shape(draw, key) if abstract else draw(key)
 
     def adapt_leaf(path: str, leaf: Any) -> Any:
@@ -347,7 +363,9 @@ def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterabl
 _Shapes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
-def _factor_shapes(path: str, leaf: Any, roles: tuple[Axis, ...], config: LoraConfig) -> _Shapes:
+def _factor_shapes(
+    path: str, leaf: Any, roles: tuple[Axis, ...], config: LoraConfig, kind: type[LoraArray]
+) -> _Shapes:
     """The number of inputs, the shape of `a` and the shape of `b` for a weight."""
     stack, inputs, outputs = (
         tuple(size for size, role in zip(leaf.shape, roles) if role == wanted)
@@ -355,7 +373,7 @@ def _factor_shapes(path: str, leaf: Any, roles: tuple[Axis, ...], config: LoraCo
     )
     d_in, d_out = math.prod(inputs), math.prod(outputs)
     rank = config.rank_of(path)
-    if rank > min(d_in, d_out):
+    if rank > min(d_in, d_out) and not kind.any_rank:
         raise ValueError(
             f"rank {rank} is too large for {path!r}, which maps {d_in} inputs to {d_out} outputs. "
             "Lower rank, give this weight its own in rank_pattern, or exclude it."

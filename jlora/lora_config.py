@@ -43,7 +43,8 @@ class LoraConfig:
         `{"*/q_proj/kernel": ("stack", "in", "out")}`.
       init: how an adapter starts: `"default"` changes nothing; `"pissa"`, `"pissa_niter_16"`,
         `"olora"`, `"loftq"` and `"loftq_iter_5"` are in `jlora.variants`, and change the base too.
-      variant: what a leaf stands for: `"lora"`, or `"dora"` (`jlora.dora`).
+      variant: what a leaf stands for: `"lora"`, `"dora"` (`jlora.dora`), or `"vera"`
+        (`jlora.vera`), which has one rank, no `alpha` and ranks in the hundreds.
       dtype: of `a` and `b`. In bfloat16 an update of 2e-4 rounds away once |b| passes 0.06.
     """
 
@@ -82,6 +83,13 @@ class LoraConfig:
             raise ValueError(
                 f"init={self.init!r} changes the base, and variant={self.variant!r} measures the "
                 "base: they cannot be combined. Choose one of the two."
+            )
+        if self.variant == "vera" and (
+            self.rank_pattern or self.alpha_pattern or self.rank_stabilized
+        ):
+            raise ValueError(
+                "variant='vera' shares one pair of projections between all weights and does not "
+                "scale: leave rank_pattern, alpha_pattern and rank_stabilized out."
             )
         for pattern, numbers in self.rows:
             whole = all(isinstance(n, int | np.integer) and n >= 0 for n in numbers)

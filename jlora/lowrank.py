@@ -27,7 +27,7 @@ from jlora.leaf import (
     rule,
 )
 
-__all__ = ["Factored", "LowRank", "contract"]
+__all__ = ["Factored", "LowRank", "contract", "spread_along"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,15 @@ class Factored(ArrayLeaf):
 class LowRank(Factored):
     """`w + scaling * sum_r u[..., r] * v[..., r]` on its way through a function."""
 
+    def scaled(self, hidden: jax.Array, axes: Sequence[Any]) -> jax.Array:
+        """What a product with one factor becomes before it meets the other one.
+
+        Args:
+          hidden: of axes that are named as in `contract`, `"rank"` among them.
+          axes: their names.
+        """
+        return self.scaling * hidden
+
     def materialise(self) -> jax.Array:
         """`w` plus the product, computed in float32 (or wider) and rounded once."""
         base = self.w.materialise() if is_array_leaf(self.w) else self.w
@@ -198,6 +207,27 @@ def contract(
             product, [place for place, axis in enumerate(out_axes) if axis not in wanted]
         )
     return product
+
+
+def spread_along(
+    factor: jax.Array, factor_axes: Sequence[Any], axes: Sequence[Any], like: jax.Array
+) -> jax.Array:
+    """A factor in the order of an array's axes, with size 1 along those that it does not own.
+
+    Args:
+      factor: one or more axes; those of size 1 count as not owned.
+      factor_axes: their names.
+      axes: names of the result's axes, all that the factor owns among them.
+      like: the array; on a mesh of Explicit axes the result lies as it does.
+    """
+    factor, owned = _drop_singletons(factor, factor_axes)
+    factor = factor.transpose([owned.index(axis) for axis in axes if axis in owned])
+    factor = lax.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in owned])
+    sharding = explicit_sharding(jax.typeof(like))
+    if sharding is not None:
+        places = (p if n > 1 else None for p, n in zip(sharding.spec, factor.shape))
+        factor = jax.reshard(factor, NamedSharding(sharding.mesh, PartitionSpec(*places)))
+    return factor
 
 
 def _drop_singletons(x: jax.Array, axes: Sequence[Any]) -> tuple[jax.Array, list[Any]]:

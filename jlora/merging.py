@@ -159,7 +159,10 @@ def _layers(leaf: LoraArray, original: Any) -> Iterator[tuple[LoraArray, Any]]:
             w = dataclasses.replace(w, axes=own, sizes=tuple(sizes))
         else:
             w = leaf.w[cut]
-        arrays = {name: array[index] for name, array in leaf.present().items()}
+        arrays = {
+            name: array[index] if "stack" in leaf.arrays[name][1] else array
+            for name, array in leaf.present().items()
+        }
         layer = dataclasses.replace(leaf, w=w, axes=axes, **arrays)
         yield layer, None if original is None else original[cut]
 
@@ -224,7 +227,8 @@ def _ratio(part: float, whole: float) -> float:
 
 def _update(layer: LoraArray) -> np.ndarray:
     """`scaling * a @ b` of one matrix in float64, with its axes in the order of the weight's."""
-    product = np.tensordot(_double(layer.a), _double(layer.b), 1)  # [*in *out]
+    a, b = map(_double, layer.product_factors())
+    product = np.tensordot(a, b, 1)  # [*in *out]
     order = [axis for role in ("in", "out") for axis, r in enumerate(layer.axes) if r == role]
     return layer.scaling * product.transpose(np.argsort(order))
 

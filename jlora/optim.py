@@ -146,6 +146,10 @@ def lora_fa(
 def _precondition(grad: Any, leaf: Any, damping: float) -> Any:
     if not isinstance(leaf, LoraArray):
         return grad
+    if leaf.arrays["b"][0] == "frozen":
+        raise ValueError(
+            f"lora_fa freezes a and trains b, and {leaf.kind} trains neither: use jlora.optimizer."
+        )
     stack = leaf.a.shape[: leaf.roles.count("stack")]
     a = leaf.a.reshape(*stack, -1, leaf.rank).astype(jnp.float32)
     gram = jnp.einsum("...ir,...is->...rs", a, a, precision="highest")

@@ -339,7 +339,8 @@ def _flops(run: config.RunConfig, base: Base) -> float:
 
     def count(path: str, leaf: Any) -> None:
         if isinstance(leaf, jlora.LoraArray):
-            adapters[path] = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+            a, b = jax.eval_shape(leaf.product_factors)
+            adapters[path] = math.prod(a.shape) + math.prod(b.shape)
 
     tree.map_with_path(count, base.params, is_leaf=is_array_leaf)
     rows = run.train.batch_size * run.train.accumulation

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +25,21 @@ from jlora.leaf import (
     product_sides,
     rule,
 )
-from jlora.lowrank import LowRank, contract
+from jlora.lowrank import Factored, LowRank, contract
 
 __all__ = [
     "arrange",
+    "drop_out",
     "gather_axes",
     "gather_rows",
     "name_axes",
+    "product",
 ]  # importing this module registers its rules
 
+_Leaf = TypeVar("_Leaf", bound=Factored)
 
-def _product(
+
+def product(
     x: jax.Array,
     x_axes: Sequence[Any],
     leaf: LowRank,
@@ -44,7 +48,17 @@ def _product(
     out: jax.ShapeDtypeStruct,
     precision: Any = None,
 ) -> jax.Array:
-    """`scaling * (x . u) . v` for any contraction of `x` with the weight."""
+    """`scaling * (x . u) . v` for any contraction of `x` with the weight.
+
+    Args:
+      x: the input.
+      x_axes: names of its axes, from `name_axes`.
+      leaf: the weight and its factors; `LowRank.scaled` is applied between the two.
+      leaf_axes: names of its axes.
+      out_axes: names of the result's axes.
+      out: shape, dtype and sharding of the result.
+      precision: of the products.
+    """
     alone = [axis for axis in x_axes if axis not in leaf_axes]
     count = len(alone)
     leads = list(x_axes[:count]) == alone == list(out_axes[:count])
@@ -54,7 +68,7 @@ def _product(
         one = jax.ShapeDtypeStruct((math.prod(x.shape[:count]), *out.shape[count:]), out.dtype)
         x = x.reshape(-1, *x.shape[count:])
         x_axes, out_axes = ["row", *x_axes[count:]], ["row", *out_axes[count:]]
-        rows = _product(x, x_axes, leaf, leaf_axes, out_axes, one, precision)
+        rows = product(x, x_axes, leaf, leaf_axes, out_axes, one, precision)
         return rows.reshape(out.shape)
     rank = "rank"
     factors = [(f.astype(leaf.dtype), [*leaf_axes, rank]) for f in (leaf.u, leaf.v)]
@@ -74,7 +88,7 @@ def _product(
     placed = _placement(out.sharding, between, (x, x_axes), first)
     hidden = contract(x, x_axes, *first, between, out_sharding=placed, precision=precision)
     update = contract(
-        leaf.scaling * hidden,
+        leaf.scaled(hidden, between),
         between,
         *second,
         out_axes,
@@ -121,8 +135,8 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     x_free = [axis for axis in x_axes if axis not in leaf_axes]
     free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
     base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
-    x, leaf = _drop_out(x, leaf, context)
-    return base + _product(
+    x, leaf = drop_out(x, leaf, context)
+    return base + product(
         x,
         x_axes,
         leaf,
@@ -145,7 +159,7 @@ def name_axes(
     return leaf_axes, x_axes
 
 
-def _drop_out(x: jax.Array, leaf: LowRank, context: Context) -> tuple[jax.Array, LowRank]:
+def drop_out(x: jax.Array, leaf: _Leaf, context: Context) -> tuple[jax.Array, _Leaf]:
     """Zeroes a share of the product's inputs and scales up the rest, as PEFT does."""
     if leaf.dropout == 0:
         return x, leaf
@@ -169,7 +183,7 @@ _DROPOUT_IS_OFF = (
 )
 
 
-def _warn_of_training(leaf: LowRank, context: Context) -> LowRank:
+def _warn_of_training(leaf: _Leaf, context: Context) -> _Leaf:
     """The leaf, with a warning as soon as its factors are differentiated without dropout."""
 
     @jax.custom_jvp
@@ -186,7 +200,7 @@ def _warn_of_training(leaf: LowRank, context: Context) -> LowRank:
         )
         return primals[0], tangents[0]
 
-    return dataclasses.replace(leaf, u=watched(leaf.u), v=watched(leaf.v))
+    return leaf.with_factors(leaf.w, [watched(factor) for factor in leaf.factors()])
 
 
 @rule(LowRank, "gather")
@@ -296,7 +310,7 @@ def _convolution(equation: Equation, x: Any, leaf: Any) -> Any:
     if leaf.u.shape[out_axis] > 1 or any(leaf.v.shape[axis] > 1 for axis in (in_axis, *spatial)):
         return NotImplemented  # the factors are not those of input and output
     base = equation.bind(x, leaf.w)
-    x, leaf = _drop_out(x, leaf, equation.context)
+    x, leaf = drop_out(x, leaf, equation.context)
     u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
     rank = u.shape[-1]
     kernel = jnp.moveaxis(lax.squeeze(u, (out_axis,)), -1, out_axis)
@@ -348,7 +362,7 @@ def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset
     if leaf.u.shape[free] > 1 or leaf.v.shape[summed] > 1:
         return NotImplemented
     base = equation.bind(x, leaf.w, group_sizes)
-    x, leaf = _drop_out(x, leaf, equation.context)
+    x, leaf = drop_out(x, leaf, equation.context)
     u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
     num_groups, rank = leaf.shape[group], u.shape[-1]
     u = u.transpose(group, summed, 3, free).reshape(u.shape[group], -1, rank)

@@ -284,7 +284,7 @@ def _prepare(
         base = load()
         metadata["base"] = fingerprint(base.params)
         base = adapt_run(run, base)
-        if lora.init != "default":
+        if lora.init != "default" or lora.variant == "vera":  # what no checkpoint holds
             metadata["start"] = start_digest(base.params)
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)
 

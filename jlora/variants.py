@@ -243,6 +243,8 @@ def _restart(
     def restart(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoraArray):
             return leaf
+        if type(leaf) is not LoraArray:
+            raise ValueError(f"{path!r} is {leaf.kind}; these starts are for LoRA alone.")
         if base is not None and getattr(originals.get(path), "shape", None) != leaf.shape:
             raise ValueError(f"base has no weight of shape {leaf.shape} at {path!r}.")
         w = originals.get(path, leaf.w)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import jlora
-from jlora import config, models, objective, report, run, sharding, train
+from jlora import base, config, models, objective, report, run, sharding, train
 from jlora.models import decoder
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)]
@@ -57,6 +57,21 @@ def losses_of(made, overrides, steps=20):
     lines = list(report.read_metrics(loaded.folder / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera"])
+def test_adapters_made_on_a_mesh_are_those_of_one_device(variant, tmp_path):
+    write_config(tmp_path)
+    lora = jlora.LoraConfig(rank=4, targets=("q_proj", "down_proj"), variant=variant)
+    mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2}, jax.devices())
+    one, spread = (
+        base.adapt_base(base.load_base(str(tmp_path / "model"), mesh=on), lora, jax.random.key(1))
+        for on in (None, mesh)
+    )
+    assert jax.tree.structure(spread.params) == jax.tree.structure(one.params)
+    for got, wanted in zip(jax.tree.leaves(spread.params), jax.tree.leaves(one.params)):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+        assert got.sharding.mesh == mesh
 
 
 @pytest.mark.slow
