@@ -119,7 +119,7 @@ def is_tied(places: Mapping[str, Place]) -> bool:
 
 
 def is_targeted(module: str, place: Place, settings: Mapping[str, Any]) -> bool:
-    """PEFT's rule; with no `target_modules` the tensors of the file say it."""
+    """PEFT's rule for the targets that the config names."""
     if place.raw:
         return any(_ends(place.target(module), x) for x in settings.get("target_parameters") or ())
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")

@@ -113,7 +113,7 @@ def _takes_factors(
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
 ) -> bool:
-    """Whether the file or the config has an adapter for a leaf; DoRA must cover all of it."""
+    """Whether the folder has an adapter for a leaf; DoRA must cover all of it."""
     covered = _covered(place, settings, tensors)
     if covered and settings["use_dora"]:
         _check_cover(folder, path, place, covered)
@@ -132,17 +132,14 @@ def _trains_bias(
 def _covered(
     place: Place, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> list[str]:
-    """The modules of a leaf that the file or the config has an adapter for."""
-    if place.raw:
-        return [module for module in place.modules if is_targeted(module, place, settings)]
-    if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
+    """The modules of a leaf that the config adapts; where it names none, those of the file."""
+    if not place.raw and (place.parameter != "weight" or place.kind not in ("kernel", "embedding")):
         return []
-    return [
-        module
-        for module in place.modules
-        if not set(place.factor_names(module)).isdisjoint(tensors)
-        or is_targeted(module, place, settings)
-    ]
+    modules = place.modules
+    if settings.get("target_modules") is None and not settings.get("target_parameters"):
+        modules = [m for m in modules if not set(place.factor_names(m)).isdisjoint(tensors)]
+        settings = {**settings, "target_modules": ".*"}
+    return [module for module in modules if is_targeted(module, place, settings)]
 
 
 def _check_cover(folder: pathlib.Path, path: str, place: Place, covered: Sequence[str]) -> None:

@@ -506,6 +506,31 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     refused(last, "only in model.layers.0.*stacked", NotImplementedError)
 
 
+@pytest.mark.parametrize(
+    ("changes", "stranger"),
+    [
+        ({"target_modules": ["v_proj"]}, "layers.0.self_attn.q_proj.lora_A"),
+        ({"layers_to_transform": [1]}, "layers.0.self_attn.q_proj.lora_A"),
+        ({"exclude_modules": ["1.self_attn.q_proj"]}, "layers.1.self_attn.q_proj.lora_B"),
+        ({"exclude_modules": ["q_proj"], "target_modules": None}, "layers.2.self_attn.q_proj"),
+    ],
+)
+def test_factors_that_the_config_leaves_out_are_refused(changes, stranger, tmp_path):
+    folder, base, _, _ = simple(tmp_path)
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    tensors = tensors_of(folder)
+    more = {n.replace("q_proj", "v_proj"): x for n, x in tensors.items() if "lora_A" in n}
+    more |= {n.replace("q_proj", "v_proj"): x[:12] for n, x in tensors.items() if "lora_B" in n}
+    write_tensors(folder, tensors | more)
+    write_settings(folder, **targets)
+    peft.load(folder, base)
+    write_settings(folder, target_modules=None)  # then the tensors alone say it
+    peft.load(folder, base)
+    write_settings(folder, **targets | changes)
+    with pytest.raises(ValueError, match=f"Without a place in the model: .*{stranger}"):
+        peft.load(folder, base)
+
+
 def test_files_that_are_broken_or_missing_are_named(tmp_path):
     folder, base, _, _ = simple(tmp_path)
     weights = folder / "adapter_model.safetensors"
