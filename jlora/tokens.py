@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
+from jlora.chat import tokenizer_json
+
 __all__ = ["add", "grow"]
 
 
@@ -29,13 +31,17 @@ def add(
       The files with a new `tokenizer.json`, and the ids of the tokens, in their order.
 
     Raises:
-      ValueError: if a token is empty or given twice.
+      ValueError: if a token is empty or given twice, or `tokenizer.json` is absent or broken.
     """
     if not all(new_tokens) or len(set(new_tokens)) < len(new_tokens):
         raise ValueError(f"New tokens must be different texts, none empty, got {[*new_tokens]}.")
     if not new_tokens:
         return dict(files), ()
-    backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    text = tokenizer_json(files)
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises the bare class
+        raise ValueError(f"tokenizer.json cannot be read: {error}") from error
     plain = [tokenizers.AddedToken(text, normalized=False) for text in new_tokens]
     backend.add_tokens(plain)
     vocab = backend.get_vocab()

@@ -443,12 +443,17 @@ def write_tensors(folder, tensors):
         ({"lora_bias": True}, NotImplementedError, "lora_bias=True"),
         ({"bias": "some"}, ValueError, "bias must be 'none', 'all' or 'lora_only'"),
         ({"trainable_token_indices": [1]}, ValueError, "Missing.*trainable_tokens_delta"),
-        ({"trainable_token_indices": "1"}, ValueError, "must be a list of rows"),
+        ({"trainable_token_indices": "1"}, ValueError, "must be a list of different rows"),
         ({"target_parameters": "x"}, ValueError, "target_parameters must be a list"),
         ({"init_lora_weights": "pissa"}, NotImplementedError, "pissa.*base model"),
         ({"of_tomorrow": 3}, NotImplementedError, "of_tomorrow=3"),
         ({"r": 0}, ValueError, "r must be whole and at least 1, got 0"),
         ({"lora_alpha": None}, ValueError, "lora_alpha must be above 0"),
+        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be above 0 and finite"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, ValueError, "alpha_pattern must be above 0"),
+        ({"layers_pattern": 5, "layers_to_transform": 1}, ValueError, "layers_pattern must be a"),
+        ({"layers_pattern": ["("]}, ValueError, "no regular expression"),
+        ({"trainable_token_indices": [7, 7]}, ValueError, "must be a list of different rows"),
         ({"lora_dropout": 1}, ValueError, "lora_dropout must be"),
         ({"target_modules": 3}, ValueError, "target_modules must be a list"),
         ({"target_modules": "("}, ValueError, "no regular expression"),
@@ -489,6 +494,11 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     refused(tensors | {stranger: tensors[first]}, "Missing.*: none. Without a place.*magnitude")
     refused(tensors | {first: tensors[first].T}, r"lora_A.weight has shape \[24, 4\]")
     refused({name[11:]: x for name, x in tensors.items()}, "begin with 'base_model.model.'")
+    for wrong in (np.nan, np.inf):
+        refused(tensors | {first: tensors[first] * wrong}, "NaN or infinite.*layers.0.*lora_A")
+    refused(tensors | {first: tensors[first].astype(np.int32)}, "lora_A.weight has dtype I32;.*F32")
+    narrow = tensors[first].astype(jnp.float8_e4m3fn)
+    refused(tensors | {first: narrow}, "lora_A.weight has dtype F8_E4M3; an adapter's")
     embed = "base_model.model.model.embed_tokens.weight"
     copy = np.asarray(base["embed_tokens"]["embedding"])
     refused(tensors | {embed: copy + 1}, "embed_tokens.weight, which differs from the base")
@@ -539,6 +549,15 @@ def test_files_that_are_broken_or_missing_are_named(tmp_path):
         weights.write_bytes(broken)
         with pytest.raises(ValueError, match=r"adapter_model.safetensors is broken or incomplete"):
             peft.load(folder, base)
+    tensors = safetensors.numpy.load(whole)
+    for metadata in ("[]", '"a"', '{"norm/scale": 3}', "{"):
+        safetensors.numpy.save_file(tensors, weights, metadata={"jlora_base": metadata})
+        with pytest.raises(ValueError, match=r"adapter_model.safetensors: the metadata 'jlora_b"):
+            peft.load(folder, base)
+    safetensors.numpy.save_file(tensors, weights)
+    config = (folder / "adapter_config.json").read_bytes()
+    (folder / "adapter_config.json").write_bytes(b"\xef\xbb\xbf" + config)
+    peft.load(folder, base)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
         peft.load(folder, base)

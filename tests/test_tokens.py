@@ -27,6 +27,10 @@ def test_a_new_token_is_one_id_wherever_it_stands():
     for wrong in (["a", "a"], [""]):
         with pytest.raises(ValueError, match="different texts"):
             tokens.add(files, wrong)
+    with pytest.raises(ValueError, match=r"No tokenizer.json among .*\(config.json\)"):
+        tokens.add({"config.json": "{}"}, NEW)
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read"):
+        tokens.add({"tokenizer.json": "{}"}, NEW)
 
 
 @pytest.mark.parametrize("tied", [True, False])
