@@ -29,6 +29,7 @@ from jlora.peft_names import (
     is_targeted,
     is_tied,
     nested,
+    replaced_rows,
     suffixes,
     with_parents,
 )
@@ -158,10 +159,11 @@ def load(
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraArray | RowsArray):
             raise ValueError(f"{path!r} already has an adapter; merge it before loading another.")
+    places = find_places(leaves)
     if not other_base:
         name, commit = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
-        check_base(folder, f"{name or ''}{f' of revision {commit}' * bool(commit)}", base, params)
-    places = find_places(leaves)
+        name = f"{name or ''}{f' of revision {commit}' * bool(commit)}"
+        check_base(folder, name, base, params, rows=replaced_rows(settings, places))
     places = nested(
         places, [p for p, x in places.items() if is_targeted(x.modules[0], x, settings)]
     )

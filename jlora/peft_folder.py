@@ -109,7 +109,8 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
         text = isinstance(value, str) and name in texts
         if not text and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
             refuse(name, "a list of names")
-    regexes = [settings.get(name) for name in texts if isinstance(settings.get(name), str)]
+    values = (settings.get(name) for name in texts)
+    regexes = [value for value in values if isinstance(value, str)]
     if isinstance(settings.get("layers_pattern"), list):
         regexes += settings["layers_pattern"]
     for regex in (*regexes, *settings["rank_pattern"], *settings["alpha_pattern"]):

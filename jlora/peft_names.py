@@ -18,6 +18,7 @@ __all__ = [
     "is_tied",
     "nested",
     "pattern_value",
+    "replaced_rows",
     "suffixes",
     "token_rows",
     "with_parents",
@@ -88,6 +89,18 @@ def token_rows(module: str, place: Place, settings: Mapping[str, Any]) -> list[i
     if isinstance(given, list):  # those of the model's input embedding
         return given if place.kind == "embedding" else None
     return next((rows for name, rows in given.items() if _ends(module, name)), None)
+
+
+def replaced_rows(
+    settings: Mapping[str, Any], places: Mapping[str, Place]
+) -> dict[str, tuple[int, list[int]]]:
+    """The axis and the numbers of the rows that an adapter brings, for each table that has such."""
+    found = {
+        path: token_rows(place.modules[0], place, settings)
+        for path, place in places.items()
+        if place.parameter == "weight"
+    }
+    return {path: (int(places[path].kind == "kernel"), x) for path, x in found.items() if x}
 
 
 def find_places(leaves: Mapping[str, Any]) -> dict[str, Place]:

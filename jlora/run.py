@@ -44,7 +44,7 @@ from jlora.base import (
     load_base,
     load_vocabulary,
 )
-from jlora.fingerprint import fingerprint
+from jlora.fingerprint import fingerprint, rows_of
 from jlora.fresh import adapt_run, lora_config, make_mesh, start_digest
 
 __all__ = [
@@ -272,13 +272,14 @@ def _prepare(run: config.RunConfig, say: Say, on: Sequence[Any], *, weights: boo
     lora = lora_config(run, base)
     check_start(lora, mesh)
     base = adapt_base(base, lora, jax.random.key(run.seed))
+    rows = rows_of(base.params)
     say(str(jlora.summary(base.params, lora)))
     digest = _digest(examples, held_out)
     devices.same_everywhere("The training data", digest)
     metadata: dict[str, Any] = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
     if weights:
         base = load()
-        metadata["base"] = fingerprint(base.params)
+        metadata["base"] = fingerprint(base.params, rows=rows)
         base = adapt_run(run, base)
         if lora.init != "default":
             metadata["start"] = start_digest(base.params)

@@ -15,7 +15,7 @@ import numpy as np
 import jlora
 from jlora import checkpoint, config, peft, train
 from jlora.base import Base, load_base, load_vocabulary
-from jlora.fingerprint import check_base
+from jlora.fingerprint import check_base, rows_of
 from jlora.fresh import adapt_run, lora_config, read_originals
 from jlora.merging import MergeError
 from jlora.models import weights
@@ -80,7 +80,8 @@ def load_run(
     initial = adapt_run(run, base)
     restored = _restore(folder, run, lora, initial.params, say)
     if not other_base:
-        check_base(folder, run.model.path, restored.metadata["base"], base.params)
+        rows = rows_of(initial.params)
+        check_base(folder, run.model.path, restored.metadata["base"], base.params, rows=rows)
     params = jlora.combine(restored.tree.trainable, jlora.split(initial.params, lora)[1])
     if changed and plain:
         originals = read_originals(run, base)
