@@ -121,7 +121,7 @@ def check_base(
         warnings.warn(
             f"Only shapes say that this is the base model of {folder}: its weights are in "
             f"{_listed(own)} here, and were in {_listed(forms)} where the adapter was made "
-            "(float32 counts as bfloat16). Load the base in that dtype to have its elements compared.",
+            "(float32 counts as bfloat16). Load the base so to have its elements compared.",
             stacklevel=3,
         )
 

@@ -33,7 +33,15 @@ from jlora.peft_names import (
     suffixes,
     with_parents,
 )
-from jlora.peft_read import check_shape, dense, match, read_adapter, read_config, read_rows
+from jlora.peft_read import (
+    check_shape,
+    dense,
+    match,
+    read_adapter,
+    read_config,
+    read_copies,
+    read_rows,
+)
 from jlora.rows import RowsArray
 
 __all__ = ["load", "save"]
@@ -138,7 +146,9 @@ def load(
     Args:
       directory: holds `adapter_config.json` and `adapter_model.safetensors`.
       params: plain or quantised, without adapters.
-      other_base: take `params` even if they are not the base that the adapter was made for.
+      other_base: take `params` even if they are not the base that the adapter was made for. Where
+        the file has copies of its base's embedding or head, as PEFT stores them after a change of
+        the vocabulary, these replace the weights in `params`.
 
     Returns:
       The tree with `LoraArray` leaves (float32 factors), and a config with which `jlora.init` would
@@ -168,7 +178,8 @@ def load(
         places, [p for p, x in places.items() if is_targeted(x.modules[0], x, settings)]
     )
     adapted, whole, tables = match(folder, settings, tensors, leaves, places)
-    filled: dict[str, Any] = {}
+    copies = read_copies(folder, tensors, leaves, places, whole, other_base=other_base)
+    leaves, filled = {**leaves, **copies}, dict[str, Any]()
     for path in tables:
         filled[path] = read_rows(folder, settings, tensors, path, leaves[path], places[path])
     for path in adapted:
@@ -179,7 +190,7 @@ def load(
             check_shape(folder, name, tensors[name], place.shape(leaves[path].shape))
         filled[path] = jnp.asarray(place.array(tensors), leaves[path].dtype)
     params = tree.map_with_path(
-        lambda path, leaf: filled.get(path, leaf), params, is_leaf=is_array_leaf
+        lambda path, leaf: filled.get(path, copies.get(path, leaf)), params, is_leaf=is_array_leaf
     )
     return params, read_config(folder, settings, filled, leaves, places)
 

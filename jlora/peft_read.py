@@ -25,7 +25,15 @@ from jlora.peft_names import (
 )
 from jlora.rows import RowsArray
 
-__all__ = ["check_shape", "dense", "match", "read_adapter", "read_config", "read_rows"]
+__all__ = [
+    "check_shape",
+    "dense",
+    "match",
+    "read_adapter",
+    "read_config",
+    "read_copies",
+    "read_rows",
+]
 
 
 def dense(leaf: Any) -> Any:
@@ -64,13 +72,9 @@ def match(
             dora = settings["use_dora"]
             for module in _covered(place, settings, tensors):
                 expected.update(place.adapter_names(module, dora=dora))
-        for module in place.modules:
-            names = {f"{module}.{place.parameter}", f"{module}.base_layer.{place.parameter}"}
-            for name in names & set(tensors):
-                _check_copy(folder, name, tensors, leaves[path], place, module)
-                spare.add(name)
+        spare.update(set(_copies(place)) & set(tensors))
     if is_tied(places):
-        spare |= _check_tied(folder, settings, tensors, leaves, places, adapted, whole)
+        spare |= _check_tied(folder, settings, tensors, places, adapted, whole)
     missing, unused = expected - set(tensors), set(tensors) - expected - spare
     if missing or unused:
         raise ValueError(
@@ -150,29 +154,63 @@ def _check_cover(folder: pathlib.Path, path: str, place: Place, covered: Sequenc
         )
 
 
-def _check_copy(
+def _copies(place: Place) -> list[str]:
+    """What PEFT calls a leaf's own tensors where it stores them beside an adapter."""
+    parameters = (place.parameter, f"base_layer.{place.parameter}")
+    return [f"{module}.{parameter}" for module in place.modules for parameter in parameters]
+
+
+def read_copies(
     folder: pathlib.Path,
-    name: str,
     tensors: Mapping[str, np.ndarray],
-    leaf: Any,
-    place: Place,
-    module: str,
-) -> None:
-    """Refuses a base weight in the file that is not the base's, up to bfloat16 rounding."""
-    check_shape(folder, name, tensors[name], place.shape(leaf.shape))
-    base = place.tensors(np.asarray(jnp.asarray(dense(leaf), jnp.bfloat16)))
-    if not np.array_equal(base[f"{module}.{place.parameter}"], tensors[name].astype(jnp.bfloat16)):
-        raise ValueError(
-            f"{folder / WEIGHTS} holds {name}, which differs from the base model's and is not in "
-            "modules_to_save: the adapter was made for another base model."
-        )
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+    whole: Sequence[str],
+    *,
+    other_base: bool,
+) -> dict[str, Any]:
+    """The base's weights that the file has copies of, where those differ: the copies.
+
+    PEFT stores embeddings and heads that were resized, and puts them into a model that it loads the
+    adapter on.
+
+    Raises:
+      ValueError: if a copy differs from the base's weight, up to bfloat16 rounding, and
+        `other_base` is not set.
+    """
+    tied, found = is_tied(places), {}
+    for path, place in places.items():
+        heads = (f"{HEAD}.weight", f"{HEAD}.base_layer.weight")
+        names = [*_copies(place), *(heads if tied and place.kind == "embedding" else ())]
+        names = [name for name in names if name in tensors]
+        if path in whole or not names:
+            continue
+        base = np.asarray(jnp.asarray(dense(leaves[path]), jnp.bfloat16))
+        own = place.tensors(base)
+        for name in names:
+            check_shape(folder, name, tensors[name], place.shape(leaves[path].shape))
+            module = name.removesuffix(f".{place.parameter}").removesuffix(".base_layer")
+            module = place.modules[0] if module == HEAD else module
+            if np.array_equal(
+                own[f"{module}.{place.parameter}"], tensors[name].astype(jnp.bfloat16)
+            ):
+                continue
+            if not other_base or place.stacked:
+                raise ValueError(
+                    f"{folder / WEIGHTS} holds {name}, which differs from the base model's and is "
+                    "not in modules_to_save: the adapter was made for another base model, or for "
+                    "this one with a resized vocabulary. Load that base, or take the file's weight "
+                    "in place of the base's, as PEFT does: other_base=True, or --other-base."
+                )
+            copy = tensors[name].swapaxes(-1, -2) if place.kind == "kernel" else tensors[name]
+            found[path] = jnp.asarray(copy, leaves[path].dtype)
+    return found
 
 
 def _check_tied(
     folder: pathlib.Path,
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
-    leaves: Mapping[str, Any],
     places: Mapping[str, Place],
     adapted: Sequence[str],
     whole: Sequence[str],
@@ -181,15 +219,12 @@ def _check_tied(
     path, table = next((p, place) for p, place in places.items() if place.kind == "embedding")
     heads = {f"{HEAD}.weight", f"{HEAD}.base_layer.weight"} & set(tensors)
     apart = path in adapted or any(name.startswith(f"{HEAD}.lora_") for name in tensors)
+    copies = [tensors[name] for name in (*sorted(heads), *_copies(table)) if name in tensors]
+    apart |= any(not np.array_equal(copies[0], other) for other in copies[1:])
     if path in whole:
-        embedding = tensors.get(f"{table.modules[0]}.weight")
-        same = embedding is not None and all(
-            np.array_equal(tensors[name], embedding) for name in heads
-        )
-        apart |= not same or not (heads or settings.get("ensure_weight_tying"))
-    elif not apart:
-        for name in heads:
-            _check_copy(folder, name, tensors, leaves[path], table, table.modules[0])
+        apart |= not (heads or settings.get("ensure_weight_tying"))
+    else:
+        apart |= is_saved(HEAD, settings)
     if apart:
         raise NotImplementedError(
             f"{folder} changes the embedding and the head apart from each other, but in this model "

@@ -611,6 +611,27 @@ def test_a_tied_head_that_changes_alone_is_refused(tmp_path):
     write_tensors(folder, tensors | {names[0]: table + 1})
     with pytest.raises(NotImplementedError, match="apart from each other"):
         peft.load(folder, base)
+    write_settings(folder, modules_to_save=["lm_head"])
+    write_tensors(folder, tensors | {names[1]: table + 1})
+    with pytest.raises(NotImplementedError, match="apart from each other"):
+        peft.load(folder, base)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_with_a_resized_embedding_loads_where_it_is_asked_for(tied, tmp_path):
+    model, base = tiny(tie_embeddings=tied)
+    torch, reference = torch_model(tmp_path / "base", model, base)
+    reference.resize_token_embeddings(64)
+    options = dict(r=4, lora_alpha=8, target_modules=["q_proj"])
+    reference = wrap_in_peft(torch, reference, **options)
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    wide, grown = jlora.tokens.grow(model, base, 64)
+    with pytest.raises(ValueError, match=r"resized vocabulary.*other_base=True, or --other-base"):
+        peft.load(tmp_path / "adapter", grown)
+    params, config = peft.load(tmp_path / "adapter", grown, other_base=True)
+    assert not config.train
+    got = apply(wide)(params, TOKENS)
+    np.testing.assert_allclose(got, logits_of(torch, reference), rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_is_not_put_on_an_adapter(tmp_path):
