@@ -173,7 +173,7 @@ def load(
     if not other_base:
         name, commit = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
         name = f"{name or ''}{f' of revision {commit}' * bool(commit)}"
-        check_base(folder, name, base, params, rows=replaced_rows(settings, places))
+        check_base(folder, name, base, params, rows=replaced_rows(settings, tensors, places))
     places = nested(
         places, [p for p, x in places.items() if is_targeted(x.modules[0], x, settings)]
     )
@@ -183,7 +183,7 @@ def load(
     for path in tables:
         filled[path] = read_rows(folder, settings, tensors, path, leaves[path], places[path])
     for path in adapted:
-        filled[path] = read_adapter(folder, settings, tensors, path, leaves[path], places[path])
+        filled[path] = read_adapter(folder, settings, tensors, leaves[path], places[path])
     for path in whole:
         for module in (place := places[path]).modules:
             name = f"{module}.{place.parameter}"
@@ -192,7 +192,7 @@ def load(
     params = tree.map_with_path(
         lambda path, leaf: filled.get(path, copies.get(path, leaf)), params, is_leaf=is_array_leaf
     )
-    return params, read_config(folder, settings, filled, leaves, places)
+    return params, read_config(settings, tensors, filled, leaves, places)
 
 
 def _for_serving(

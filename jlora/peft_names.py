@@ -92,13 +92,13 @@ def token_rows(module: str, place: Place, settings: Mapping[str, Any]) -> list[i
 
 
 def replaced_rows(
-    settings: Mapping[str, Any], places: Mapping[str, Place]
+    settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], places: Mapping[str, Place]
 ) -> dict[str, tuple[int, list[int]]]:
     """The axis and the numbers of the rows that an adapter brings, for each table that has such."""
     found = {
         path: token_rows(place.modules[0], place, settings)
         for path, place in places.items()
-        if place.parameter == "weight"
+        if place.rows_name() in tensors
     }
     return {path: (int(places[path].kind == "kernel"), x) for path, x in found.items() if x}
 

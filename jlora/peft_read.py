@@ -238,12 +238,23 @@ def read_adapter(
     folder: pathlib.Path,
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
-    path: str,
     leaf: Any,
     place: Place,
 ) -> LoraArray:
-    """The adapter of a leaf, from the tensors of all its modules."""
-    rank, alpha = _rank_and_alpha(folder, settings, path, place)
+    """The adapter of a leaf, from the tensors of all its modules.
+
+    All of them get the largest rank, by zeros, and the scaling that belongs to it: what another
+    module has more or less is in its `b`.
+    """
+    pairs = dict(
+        zip(
+            _covered(place, settings, tensors),
+            _ranks_and_alphas(settings, tensors, place),
+            strict=True,
+        )
+    )
+    rank, alpha = max(pairs.values())
+    scaling = _scaling(settings, rank, alpha)
     *stack, d_in, d_out = leaf.shape
     experts = tuple(stack[place.stacked :])
     count = math.prod(experts)
@@ -255,11 +266,17 @@ def read_adapter(
             downs.append(np.zeros((*experts, d_in, rank), np.float32))
             ups.append(np.zeros((*experts, rank, d_out), np.float32))
             continue
-        check_shape(folder, down, tensors[down], (count * rank, d_in))
-        check_shape(folder, up, tensors[up], (d_out, rank * count))
+        own = pairs[module][0]
+        check_shape(folder, down, tensors[down], (count * own, d_in))
+        check_shape(folder, up, tensors[up], (d_out, own * count))
         # PEFT has a rank of one expert after the other in A, and expert by expert of a rank in B.
-        downs.append(tensors[down].reshape(*experts, rank, d_in).swapaxes(-1, -2))
-        ups.append(tensors[up].reshape(d_out, rank, *experts).T)
+        a = tensors[down].reshape(*experts, own, d_in).swapaxes(-1, -2)
+        b = tensors[up].reshape(d_out, own, *experts).T
+        if (share := _scaling(settings, *pairs[module]) / scaling) != 1:
+            b = np.float32(share) * b
+        whole = [(0, 0)] * len(experts)
+        downs.append(np.pad(a, [*whole, (0, 0), (0, rank - own)]))
+        ups.append(np.pad(b, [*whole, (0, rank - own), (0, 0)]))
         if settings["use_dora"]:
             check_shape(folder, magnitude, tensors[magnitude], (d_out,))
             lengths.append(tensors[magnitude])
@@ -269,7 +286,7 @@ def read_adapter(
         leaf,
         a,
         b,
-        scaling=alpha / (math.sqrt(rank) if settings["use_rslora"] else rank),
+        scaling=scaling,
         axes=(*(("stack",) * len(stack)), "in", "out"),
         dropout=settings["lora_dropout"],
     )
@@ -279,27 +296,26 @@ def read_adapter(
     return dataclasses.replace(adapter, magnitude=magnitude)  # pyright: ignore[reportCallIssue]
 
 
-def _rank_and_alpha(
-    folder: pathlib.Path, settings: Mapping[str, Any], path: str, place: Place
-) -> tuple[int, float]:
-    pairs = {
+def _ranks_and_alphas(
+    settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], place: Place
+) -> list[tuple[int, float]]:
+    """What the config says of each module of a leaf that has an adapter."""
+    return [
         (
             pattern_value(settings["rank_pattern"], name, settings["r"]),
             pattern_value(settings["alpha_pattern"], name, settings["lora_alpha"]),
         )
-        for name in map(place.target, place.modules)
-    }
-    if len(pairs) > 1:
-        raise NotImplementedError(
-            f"{folder} gives the layers of {path!r} different (rank, alpha): {sorted(pairs)}. They "
-            "are stacked in one leaf here, so they have to agree."
-        )
-    return pairs.pop()
+        for name in map(place.target, _covered(place, settings, tensors))
+    ]
+
+
+def _scaling(settings: Mapping[str, Any], rank: int, alpha: float) -> float:
+    return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
 
 
 def read_config(
-    folder: pathlib.Path,
     settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
     filled: Mapping[str, Any],
     leaves: Mapping[str, Any],
     places: Mapping[str, Place],
@@ -307,7 +323,7 @@ def read_config(
     """The config whose `init` would give the same leaves."""
     adapted = [path for path, leaf in filled.items() if isinstance(leaf, LoraArray)]
     tables = [path for path, leaf in filled.items() if isinstance(leaf, RowsArray)]
-    pairs = {path: _rank_and_alpha(folder, settings, path, places[path]) for path in adapted}
+    pairs = {path: max(_ranks_and_alphas(settings, tensors, places[path])) for path in adapted}
     weights = [path for path in leaves if path.rpartition("/")[2] not in ("bias", "scale")]
 
     def differing(index: int, usual: Any) -> dict[Any, Any]:

@@ -251,8 +251,61 @@ PEFT_CONFIGS = {
         layers_pattern="layers",
     ),
     "layers by a regex": dict(r=4, target_modules=r".*layers\.[12]\..*\.(k|up)_proj"),
+    "a rank of each layer": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"layers.0.self_attn.q_proj": 6, "layers.2.self_attn.q_proj": 1},
+        alpha_pattern={"layers.0.self_attn.q_proj": 3, "layers.1.mlp.down_proj": 5},
+    ),
+    "a rank of each layer, dora": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 6},
+        use_dora=True,
+        use_rslora=True,
+    ),
+    "a rank of the one layer": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        layers_to_transform=[1],
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+    ),
     "gaussian": dict(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=["up_proj"]),
 }
+
+
+def test_an_eva_adapter_of_peft_loads(tmp_path):
+    model, base = tiny()
+    torch, reference = torch_model(tmp_path / "base", model, base)
+    import peft as other
+
+    config = other.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights="eva",
+        eva_config=other.EvaConfig(rho=2.0),
+    )
+    reference = other.get_peft_model(reference, config)
+    batch = {"input_ids": torch.from_numpy(TOKENS.astype(np.int64))}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    other.initialize_lora_eva_weights(reference, [batch] * 3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    reference.eval().save_pretrained(tmp_path / "adapter")
+    assert len(set(settings_of(tmp_path / "adapter")["rank_pattern"].values())) > 1
+    params, read = peft.load(tmp_path / "adapter", base)
+    got = apply(model)(params, TOKENS)
+    np.testing.assert_allclose(got, logits_of(torch, reference), rtol=1e-4, atol=1e-4)
+    peft.save(tmp_path / "again", params, read)
+    assert_same(peft.load(tmp_path / "again", base)[0], params)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -462,8 +515,8 @@ def write_tensors(folder, tensors):
         ({"r": 5}, ValueError, r"q_proj.lora_A.weight has shape \[4, 24\], expected \[5, 24\]"),
         (
             {"rank_pattern": {"layers.1.self_attn.q_proj": 8}},
-            NotImplementedError,
-            "different .rank, alpha.",
+            ValueError,
+            r"layers.1.self_attn.q_proj.lora_A.weight has shape \[4, 24\], expected \[8, 24\]",
         ),
         ({"target_modules": ["q_proj", "k_proj"]}, ValueError, "Missing.*layers.0.*k_proj.lora_A"),
         ({"modules_to_save": ["lm_head"]}, ValueError, "Missing from the file: lm_head.weight"),
