@@ -446,14 +446,21 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
 
 
 def save_adapter(
-    folder: Path, base: Base, params: Any, lora: jlora.LoraConfig, *, recorded: Any = None
+    folder: Path,
+    base: Base,
+    params: Any,
+    lora: jlora.LoraConfig,
+    *,
+    recorded: Any = None,
+    serve: bool = False,
 ) -> None:
     """Writes a PEFT folder, with the tokenizer beside the adapter if tokens were added.
 
-    `params`, `lora` and `recorded` are the tree, the config and the `base` of `peft.save`.
+    `params`, `lora`, `recorded` and `serve` are the tree, the config, the `base` and the `serve` of
+    `peft.save`.
     """
-    revision = models.revision(base.name)
-    peft.save(folder, params, lora, base_model=base.name, revision=revision, base=recorded)
+    named = {"base_model": base.name, "revision": models.revision(base.name)}
+    peft.save(folder, params, lora, **named, base=recorded, serve=serve)
     if base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
         for name, text in base.vocabulary.files.items():
             report.write_text(folder / name, text)

@@ -114,6 +114,7 @@ def export(
     say: Say,
     *,
     other_base: bool = False,
+    serve: bool = False,
 ) -> None:
     """Writes a run's adapter as a PEFT folder, with the tokenizer beside it if tokens were added.
 
@@ -122,9 +123,10 @@ def export(
       output: the folder to write.
       say: as in `load_run`.
       other_base: as in `load_run`.
+      serve: as in `jlora.peft.save`.
     """
     loaded, lora = load_run(folder, say, plain=True, other_base=other_base)
-    save_adapter(Path(output), loaded, loaded.params, lora)
+    save_adapter(Path(output), loaded, loaded.params, lora, serve=serve)
 
 
 def load_to_merge(

@@ -49,6 +49,24 @@ def test_room_is_made_for_tokens(tied):
     assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, params)
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "float8"])
+def test_room_is_made_in_a_quantised_head(fmt):
+    model, base = tiny()
+    fn = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    x = jnp.arange(12)[None]
+    packed = jlora.quantize(base, fmt, fn=fn, args=(x,))
+    wide, params = tokens.grow(model, packed, 64)
+    head = params["lm_head"]["kernel"]
+    assert type(head) is type(packed["lm_head"]["kernel"])
+    dense = packed["lm_head"]["kernel"].materialise()
+    np.testing.assert_array_equal(head.materialise()[:, :61], dense)
+    assert_close(head.materialise()[:, 61:], dense.mean(1, keepdims=True).repeat(3, 1), 0.1)
+    logits = jlora.adapt(lambda p: wide.apply({"params": p}, x))(params)
+    assert_close(logits[..., :61], jlora.adapt(lambda p: fn(p, x))(packed), 1e-5)
+    _, abstract = tokens.grow(model, jax.eval_shape(lambda: packed), 64)
+    assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, params)
+
+
 @pytest.mark.slow
 def test_a_run_with_new_tokens(tmp_path, capsys):
     path = write_config(
