@@ -164,7 +164,7 @@ def load(
     settings = read_settings(folder / CONFIG)
     tensors, base = read_tensors(folder)
     if settings["bias"] != "none":
-        tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
+        tensors = _plain_biases(tensors)
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraArray | RowsArray):
@@ -193,6 +193,22 @@ def load(
         lambda path, leaf: filled.get(path, copies.get(path, leaf)), params, is_leaf=is_array_leaf
     )
     return params, read_config(settings, tensors, filled, leaves, places)
+
+
+def _plain_biases(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Biases by their names in the model: PEFT names those of its wrapped modules apart.
+
+    Of a module that is saved whole it writes the bias once more, and the one it had before.
+    """
+    tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
+    wrappers = (".modules_to_save.bias", ".original_module.bias")
+    again = {
+        name
+        for name in tensors
+        for end in wrappers
+        if name.endswith(end) and f"{name.removesuffix(end)}.bias" in tensors
+    }
+    return {name: x for name, x in tensors.items() if name not in again}
 
 
 def _for_serving(
@@ -282,12 +298,22 @@ def _check_modules(
 def _biases(
     trained: Sequence[str], tensors: Mapping[str, np.ndarray], places: Mapping[str, Place]
 ) -> tuple[str, list[str]]:
-    """PEFT's `bias`, and the leaves that it names: all biases, or all of adapted modules."""
-    every = [path for path, place in places.items() if place.parameter == "bias"]
+    """PEFT's `bias`, and the leaves that it names: all biases, or all of adapted modules.
+
+    Those of modules that are saved whole are not counted.
+    """
+    whole = {
+        m for path in trained if places[path].parameter != "bias" for m in places[path].modules
+    }
+    every = [
+        path
+        for path, place in places.items()
+        if place.parameter == "bias" and whole.isdisjoint(place.modules)
+    ]
     adapted = {name.rpartition(".lora_")[0] for name in tensors}
     beside = [path for path in every if adapted.issuperset(places[path].modules)]
     chosen = [path for path in every if path in trained]
-    if not set(chosen) & set(beside):
+    if all(adapted.isdisjoint(places[path].modules) for path in chosen):
         return "none", []  # a module without an adapter is saved whole
     for mode, paths in (("all", every), ("lora_only", beside)):
         if chosen == paths:

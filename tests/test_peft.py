@@ -327,6 +327,37 @@ def test_biases_that_peft_trained_load_and_are_written_again(bias, tmp_path):
         peft.save(tmp_path / "third", params, one)
 
 
+BIASED = {
+    "all, of one layer": dict(bias="all", target_modules=["q_proj"], layers_to_transform=[1]),
+    "all, of one layer of two": dict(
+        bias="all", target_modules=["q_proj", "down_proj"], layers_to_transform=[1]
+    ),
+    "beside a module": dict(
+        bias="lora_only", target_modules=["q_proj"], modules_to_save=["o_proj"]
+    ),
+    "beside modules": dict(
+        bias="lora_only", target_modules=["q_proj"], modules_to_save=["o_proj", "norm"]
+    ),
+    "all and a module": dict(bias="all", target_modules=["q_proj"], modules_to_save=["o_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_beside_layers_and_modules_come_back(name, tmp_path):
+    model, base = tiny(qkv_bias=True, o_bias=True, mlp_bias=True)
+    torch, reference = torch_model(tmp_path / "base", model, base)
+    reference = wrap_in_peft(torch, reference, r=4, lora_alpha=8, **BIASED[name])
+    reference.save_pretrained(tmp_path / "adapter")
+    params, config = peft.load(tmp_path / "adapter", base)
+    want = logits_of(torch, reference)
+    np.testing.assert_allclose(apply(model)(params, TOKENS), want, rtol=1e-4, atol=1e-4)
+    peft.save(tmp_path / "again", params, config)
+    assert_same(peft.load(tmp_path / "again", base)[0], params)
+    _, fresh = torch_model(tmp_path / "base", model, base)
+    got = logits_of(torch, load_in_peft(fresh, tmp_path / "again"))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
 def test_what_peft_writes_loads_and_computes_the_same(name, tmp_path):
     model, base = tiny()
