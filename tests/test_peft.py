@@ -191,12 +191,13 @@ def test_peft_computes_the_same_logits(case, tmp_path):
     assert difference > 1e-2  # or the adapter would prove nothing
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_merging_equals_merging_in_peft(variant, tmp_path):
-    config = jlora.LoraConfig(
-        rank=4, alpha=8, exclude=("lm_head",), rank_pattern={"k_proj": 2}, variant=variant
-    )
-    model, base = tiny()
+MERGED = ("patterns", "rank stabilised", "embedding", "dora", "norms whole", "all biases")
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merging_equals_merging_in_peft(name, tmp_path):
+    config, overrides = CONFIGS[name]
+    model, base = tiny(**overrides)
     params = adapted(model, base, config)
     _, reference = torch_model(tmp_path / "base", model, base)
     peft.save(tmp_path / "adapter", params, config)
