@@ -115,7 +115,8 @@ def weighted(
         `"*_svd"` need the same rank of all at each weight.
       weights: one number a tree, of either sign; they may be traced.
       combination: one of `COMBINATIONS`.
-      rank: of the result, for `"svd"` and `"*_svd"`; by default the largest of the trees'.
+      rank: of the result, for `"svd"` and `"*_svd"`; by default the largest of the trees' at each
+        weight (PEFT takes the largest `r` of the configs for all).
       density: the share of entries to keep, above 0 and at most 1; `int(density * size)` of the
         largest. For all that prune.
       majority_sign_method: `"total"` weighs a sign with the entry, `"frequency"` counts signs.

@@ -18,7 +18,7 @@ import jinja2.parser
 import jinja2.sandbox
 import tokenizers
 
-__all__ = ["ROLES", "Tokenizer", "encode_messages", "encode_prompt", "render"]
+__all__ = ["ROLES", "Tokenizer", "encode_messages", "encode_prompt", "render", "tokenizer_json"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -71,14 +71,9 @@ class Tokenizer:
         Raises:
           ValueError: if `tokenizer.json` is absent or broken, or no token is said to end a text.
         """
-        if "tokenizer.json" not in files:
-            raise ValueError(
-                f"No tokenizer.json among the tokenizer's files ({', '.join(files) or 'none'}). "
-                "Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-            )
         config = _json(files, "tokenizer_config.json")
         special = _special_tokens(config, _json(files, "special_tokens_map.json"))
-        backend = _backend(files["tokenizer.json"])
+        backend = _backend(tokenizer_json(files))
         ids = {name: backend.token_to_id(token) for name, token in special.items()}
         eos_ids = _eos_ids(backend, ids.get("eos_token"), _json(files, "generation_config.json"))
         if not eos_ids:
@@ -189,6 +184,20 @@ def encode_messages(
 
 
 # Reading the files.
+
+
+def tokenizer_json(files: Mapping[str, str]) -> str:
+    """The text of a tokenizer's main file.
+
+    Raises:
+      ValueError: if it is absent.
+    """
+    if "tokenizer.json" not in files:
+        raise ValueError(
+            f"No tokenizer.json among the tokenizer's files ({', '.join(files) or 'none'}). "
+            "Save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    return files["tokenizer.json"]
 
 
 def _json(files: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("-o", "--output", required=True, metavar="DIR", help=described)
         sub.add_argument("--other-base", action="store_true", help=_OTHER_BASE)
         sub.set_defaults(command=command)
+        if name == "export":
+            sub.add_argument(
+                "--serve",
+                action="store_true",
+                help="what vLLM takes: one rank, and every scaling inside lora_B",
+            )
         if name == "merge":
             sub.add_argument(
                 "--into",
@@ -415,7 +421,7 @@ def _export(args: argparse.Namespace) -> None:
 
     _set_up_process()
     _refuse_occupied(args.output)
-    saved.export(args.run, args.output, _whisper, other_base=args.other_base)
+    saved.export(args.run, args.output, _whisper, other_base=args.other_base, serve=args.serve)
     _say(f"Wrote the adapter to {args.output}.")
 
 

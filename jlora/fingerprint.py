@@ -2,14 +2,16 @@
 
 A fingerprint is a dict from paths to texts such as `"30x576 bfloat16:9f86d081884c7d65"`: the shape
 of a weight and a digest of up to 1024 of its elements. A sample is rounded to bfloat16 before it is
-digested, so a base read in float32 or in bfloat16 has the same; in float16 it has one of its own.
-Of a quantised weight the codes are digested. Only digests of one form are compared: a quantised
-base is told from a plain one by its embeddings, norms and biases, which no format touches.
+digested, so a base read in float32 or in bfloat16 has the same; in float16, which rounds small
+elements otherwise, it has one of its own. Of a quantised weight the codes are digested. Only
+digests of one form are compared: a quantised base is told from a plain one by its embeddings, norms
+and biases, which no format touches.
 """
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,21 +24,28 @@ from jlora.quant import QuantArray, format_of
 from jlora.rows import RowsArray
 from jlora.targets import leaves_by_path
 
-__all__ = ["check_base", "differences", "fingerprint"]
+__all__ = ["check_base", "differences", "fingerprint", "rows_of"]
+
+Rows = Mapping[str, tuple[int, Sequence[int]]]
 
 _SAMPLES = 1024
 
 
-def fingerprint(params: Any, *, skip: Collection[str] = ()) -> dict[str, str]:
+def fingerprint(
+    params: Any, *, skip: Collection[str] = (), rows: Rows | None = None
+) -> dict[str, str]:
     """Takes the fingerprint of a base model: of weights as they are, below adapters.
 
     Args:
       params: arrays, quantised or not, on any mesh, with adapters or without.
       skip: paths of weights that are not the base's any more.
+      rows: of tables, which an adapter replaces, so that the base's may be any; by default those
+        that train in `params`.
 
     Returns:
       From the path of each weight to its shape and digest. A sample is read, not the weight.
     """
+    rows = rows_of(params) if rows is None else rows
     shapes: dict[str, str] = {}
     forms: dict[str, str] = {}
     arrays: dict[str, jax.Array] = {}
@@ -49,24 +58,33 @@ def fingerprint(params: Any, *, skip: Collection[str] = ()) -> dict[str, str]:
         forms[path] = format_of(w) if isinstance(w, QuantArray) else _form(array.dtype)
         arrays[path] = jnp.asarray(array)
     samples = _read({path: _automatic(x) for path, x in arrays.items()})
+    for path in rows.keys() & samples.keys():
+        axis, numbers = rows[path]
+        samples[path] = samples[path][~np.isin(_places(arrays[path].shape)[axis], numbers)]
     return {
         path: f"{shape} {forms[path]}:{_digest(samples[path], forms[path])}"
         for path, shape in shapes.items()
     }
 
 
-def differences(recorded: Mapping[str, str], params: Any) -> list[str]:
+def rows_of(params: Any) -> dict[str, tuple[int, Sequence[int]]]:
+    """The axis and the numbers of the rows that train alone, for each table that has such."""
+    leaves = leaves_by_path(params).items()
+    return {path: (x.axis, x.indices) for path, x in leaves if isinstance(x, RowsArray)}
+
+
+def differences(recorded: Mapping[str, str], params: Any, *, rows: Rows | None = None) -> list[str]:
     """What tells a base from the one whose fingerprint this is, a line for each such weight."""
-    here = fingerprint(params)
+    return _differences(recorded, fingerprint(params, rows=rows))
+
+
+def _differences(recorded: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     lines = []
     for path, text in recorded.items():
         if path not in here:
             lines.append(f"{path}: there is none")
             continue
-        (shape, _, digest), (own_shape, _, own_digest) = (
-            x.partition(" ") for x in (text, here[path])
-        )
-        form, own_form = (x.partition(":")[0] for x in (digest, own_digest))
+        (shape, form, digest), (own_shape, own_form, own_digest) = map(_parts, (text, here[path]))
         if shape != own_shape:
             lines.append(f"{path}: its shape was {shape} and is {own_shape}")
         elif form == own_form and digest != own_digest:
@@ -74,19 +92,42 @@ def differences(recorded: Mapping[str, str], params: Any) -> list[str]:
     return lines
 
 
-def check_base(folder: Any, name: str, recorded: Mapping[str, str], params: Any) -> None:
+def _parts(text: str) -> tuple[str, str, str]:
+    shape, _, rest = text.partition(" ")
+    form, _, digest = rest.partition(":")
+    return shape, form, digest
+
+
+def check_base(
+    folder: Any, name: str, recorded: Mapping[str, str], params: Any, *, rows: Rows | None = None
+) -> None:
     """Refuses a base that differs from the one whose fingerprint is in a folder.
+
+    Warns where no weight was read in a form of the recorded one, so that shapes alone are compared.
 
     Raises:
       ValueError: listing where it differs.
     """
-    if lines := differences(recorded, params):
+    here = fingerprint(params, rows=rows)
+    if lines := _differences(recorded, here):
         more = f"\n  and {len(lines) - 4} more" if len(lines) > 4 else ""
         raise ValueError(
             f"{folder} was made for another base model than this one{f', for {name}' * bool(name)}:"
             "\n  " + "\n  ".join(lines[:4]) + f"{more}\nLoad the base it was made for. To put it "
             "on this one all the same, pass other_base=True, or --other-base on the command line."
         )
+    forms, own = ({path: _parts(x[path])[1] for path in recorded} for x in (recorded, here))
+    if recorded and all(own[path] != form for path, form in forms.items()):
+        warnings.warn(
+            f"Only shapes say that this is the base model of {folder}: its weights are in "
+            f"{_listed(own)} here, and were in {_listed(forms)} where the adapter was made "
+            "(float32 counts as bfloat16). Load the base so to have its elements compared.",
+            stacklevel=3,
+        )
+
+
+def _listed(forms: Mapping[str, str]) -> str:
+    return " and ".join(sorted(set(forms.values())))
 
 
 def _form(dtype: Any) -> str:

@@ -29,10 +29,19 @@ from jlora.peft_names import (
     is_targeted,
     is_tied,
     nested,
+    replaced_rows,
     suffixes,
     with_parents,
 )
-from jlora.peft_read import check_shape, dense, match, read_adapter, read_config, read_rows
+from jlora.peft_read import (
+    check_shape,
+    dense,
+    match,
+    read_adapter,
+    read_config,
+    read_copies,
+    read_rows,
+)
 from jlora.rows import RowsArray
 
 __all__ = ["load", "save"]
@@ -137,7 +146,9 @@ def load(
     Args:
       directory: holds `adapter_config.json` and `adapter_model.safetensors`.
       params: plain or quantised, without adapters.
-      other_base: take `params` even if they are not the base that the adapter was made for.
+      other_base: take `params` even if they are not the base that the adapter was made for. Where
+        the file has copies of its base's embedding or head, as PEFT stores them after a change of
+        the vocabulary, these replace the weights in `params`.
 
     Returns:
       The tree with `LoraArray` leaves (float32 factors), and a config with which `jlora.init` would
@@ -153,33 +164,51 @@ def load(
     settings = read_settings(folder / CONFIG)
     tensors, base = read_tensors(folder)
     if settings["bias"] != "none":
-        tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
+        tensors = _plain_biases(tensors)
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraArray | RowsArray):
             raise ValueError(f"{path!r} already has an adapter; merge it before loading another.")
+    places = find_places(leaves)
     if not other_base:
         name, commit = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
-        check_base(folder, f"{name or ''}{f' of revision {commit}' * bool(commit)}", base, params)
-    places = find_places(leaves)
+        name = f"{name or ''}{f' of revision {commit}' * bool(commit)}"
+        check_base(folder, name, base, params, rows=replaced_rows(settings, tensors, places))
     places = nested(
         places, [p for p, x in places.items() if is_targeted(x.modules[0], x, settings)]
     )
     adapted, whole, tables = match(folder, settings, tensors, leaves, places)
-    filled: dict[str, Any] = {}
+    copies = read_copies(folder, tensors, leaves, places, whole, other_base=other_base)
+    leaves, filled = {**leaves, **copies}, dict[str, Any]()
     for path in tables:
         filled[path] = read_rows(folder, settings, tensors, path, leaves[path], places[path])
     for path in adapted:
-        filled[path] = read_adapter(folder, settings, tensors, path, leaves[path], places[path])
+        filled[path] = read_adapter(folder, settings, tensors, leaves[path], places[path])
     for path in whole:
         for module in (place := places[path]).modules:
             name = f"{module}.{place.parameter}"
             check_shape(folder, name, tensors[name], place.shape(leaves[path].shape))
         filled[path] = jnp.asarray(place.array(tensors), leaves[path].dtype)
     params = tree.map_with_path(
-        lambda path, leaf: filled.get(path, leaf), params, is_leaf=is_array_leaf
+        lambda path, leaf: filled.get(path, copies.get(path, leaf)), params, is_leaf=is_array_leaf
     )
-    return params, read_config(folder, settings, filled, leaves, places)
+    return params, read_config(settings, tensors, filled, leaves, places)
+
+
+def _plain_biases(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Biases by their names in the model: PEFT names those of its wrapped modules apart.
+
+    Of a module that is saved whole it writes the bias once more, and the one it had before.
+    """
+    tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
+    wrappers = (".modules_to_save.bias", ".original_module.bias")
+    again = {
+        name
+        for name in tensors
+        for end in wrappers
+        if name.endswith(end) and f"{name.removesuffix(end)}.bias" in tensors
+    }
+    return {name: x for name, x in tensors.items() if name not in again}
 
 
 def _for_serving(
@@ -269,12 +298,22 @@ def _check_modules(
 def _biases(
     trained: Sequence[str], tensors: Mapping[str, np.ndarray], places: Mapping[str, Place]
 ) -> tuple[str, list[str]]:
-    """PEFT's `bias`, and the leaves that it names: all biases, or all of adapted modules."""
-    every = [path for path, place in places.items() if place.parameter == "bias"]
+    """PEFT's `bias`, and the leaves that it names: all biases, or all of adapted modules.
+
+    Those of modules that are saved whole are not counted.
+    """
+    whole = {
+        m for path in trained if places[path].parameter != "bias" for m in places[path].modules
+    }
+    every = [
+        path
+        for path, place in places.items()
+        if place.parameter == "bias" and whole.isdisjoint(place.modules)
+    ]
     adapted = {name.rpartition(".lora_")[0] for name in tensors}
     beside = [path for path in every if adapted.issuperset(places[path].modules)]
     chosen = [path for path in every if path in trained]
-    if not set(chosen) & set(beside):
+    if all(adapted.isdisjoint(places[path].modules) for path in chosen):
         return "none", []  # a module without an adapter is saved whole
     for mode, paths in (("all", every), ("lora_only", beside)):
         if chosen == paths:

@@ -1,6 +1,7 @@
 """The files of a PEFT adapter folder: read with every check that needs no model, written whole."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -19,6 +20,7 @@ _PREFIX = "base_model.model."
 # Metadata of the tensors' file, which other readers pass over; an unknown key of the config is an
 # error in some of them.
 _BASE = "jlora_base"
+_DTYPES = ("F32", "BF16", "F16", "F64")
 
 # Fields of adapter_config.json that are read, or that change nothing in how an adapter computes.
 _READ = {
@@ -42,7 +44,7 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
         hint = f" There is one in {', '.join(nested)}." if nested else ""
         raise FileNotFoundError(f"{file} is missing: is {file.parent} a PEFT adapter?{hint}")
     try:
-        settings = json.loads(file.read_text("utf-8"))
+        settings = json.loads(file.read_text("utf-8-sig"))  # some editors begin a file with a BOM
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
@@ -84,29 +86,36 @@ def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
         if type(rank) is not int or rank < 1:
             refuse("rank_pattern" if settings["rank_pattern"] else "r", "whole and at least 1")
     for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
-        if not isinstance(alpha, int | float) or not alpha > 0:
-            refuse("alpha_pattern" if settings["alpha_pattern"] else "lora_alpha", "above 0")
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            name = "alpha_pattern" if settings["alpha_pattern"] else "lora_alpha"
+            refuse(name, "above 0 and finite")
     layers = settings.get("layers_to_transform")
     if not all(type(x) is int for x in (layers if isinstance(layers, list) else [layers or 0])):
         refuse("layers_to_transform", "a layer's number or a list of them")
     tokens = settings.get("trainable_token_indices") or {}
     for rows in tokens.values() if isinstance(tokens, dict) else [tokens]:
-        if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
-            refuse("trainable_token_indices", "a list of rows, or an object from names to those")
+        whole = isinstance(rows, list) and all(type(row) is int and row >= 0 for row in rows)
+        if not whole or len(set(rows)) < len(rows):
+            expected = "a list of different rows, or an object from names to those"
+            refuse("trainable_token_indices", expected)
     if settings["bias"] not in ("none", "all", "lora_only"):
         refuse("bias", "'none', 'all' or 'lora_only'")
     dropout = settings["lora_dropout"]
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         refuse("lora_dropout", "at least 0 and below 1")
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+    texts = ("target_modules", "exclude_modules", "layers_pattern")
+    for name in (*texts, "modules_to_save", "target_parameters"):
         value = settings.get(name) or []
-        text = isinstance(value, str) and name in ("target_modules", "exclude_modules")
+        text = isinstance(value, str) and name in texts
         if not text and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
             refuse(name, "a list of names")
-    regexes = [settings.get(name) for name in ("target_modules", "exclude_modules")]
+    values = (settings.get(name) for name in texts)
+    regexes = [value for value in values if isinstance(value, str)]
+    if isinstance(settings.get("layers_pattern"), list):
+        regexes += settings["layers_pattern"]
     for regex in (*regexes, *settings["rank_pattern"], *settings["alpha_pattern"]):
         try:
-            re.compile(regex if isinstance(regex, str) else "")
+            re.compile(regex)
         except re.error as error:
             raise ValueError(f"{file}: {regex!r} is no regular expression: {error}.") from None
 
@@ -128,17 +137,44 @@ def read_tensors(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str,
     tensors = {}
     try:
         with safetensors.safe_open(file, "np") as opened:
-            base = json.loads((opened.metadata() or {}).get(_BASE, "{}"))
+            recorded = (opened.metadata() or {}).get(_BASE, "{}")
             for name in opened.keys():  # noqa: SIM118
+                dtype = opened.get_slice(name).get_dtype()
+                if dtype not in _DTYPES:
+                    raise ValueError(
+                        f"{file}: {name} has dtype {dtype}; an adapter's tensors are of "
+                        f"{', '.join(_DTYPES)}. Convert it to one of these and save the file anew."
+                    )
                 tensors[name] = opened.get_tensor(name).astype(np.float32)
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is broken or incomplete: {error}.") from None
+    if broken := sorted(name for name, x in tensors.items() if not np.isfinite(x).all()):
+        raise ValueError(
+            f"{file}: tensors hold NaN or infinite elements: {listed(broken)}. The training that "
+            "wrote them went wrong; take an adapter from before that."
+        )
     if strange := sorted(name for name in tensors if not name.startswith(_PREFIX)):
         raise ValueError(
             f"{file}: tensor names of a PEFT adapter begin with {_PREFIX!r}; these do not: "
             f"{listed(strange)}."
         )
-    return {name.removeprefix(_PREFIX): array for name, array in tensors.items()}, base
+    tensors = {name.removeprefix(_PREFIX): array for name, array in tensors.items()}
+    return tensors, _read_base(file, recorded)
+
+
+def _read_base(file: pathlib.Path, recorded: str) -> dict[str, str]:
+    """The fingerprint in a file's metadata."""
+    try:
+        base = json.loads(recorded)
+    except ValueError:
+        base = None
+    if not isinstance(base, dict) or not all(isinstance(text, str) for text in base.values()):
+        raise ValueError(
+            f"{file}: the metadata {_BASE!r} must be a JSON object from paths of weights to texts, "
+            f"got {recorded[:80]!r}. Save the adapter again, or remove that entry: the base is "
+            "then compared by shapes alone."
+        )
+    return base
 
 
 def write(

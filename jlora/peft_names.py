@@ -18,6 +18,7 @@ __all__ = [
     "is_tied",
     "nested",
     "pattern_value",
+    "replaced_rows",
     "suffixes",
     "token_rows",
     "with_parents",
@@ -90,6 +91,18 @@ def token_rows(module: str, place: Place, settings: Mapping[str, Any]) -> list[i
     return next((rows for name, rows in given.items() if _ends(module, name)), None)
 
 
+def replaced_rows(
+    settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], places: Mapping[str, Place]
+) -> dict[str, tuple[int, list[int]]]:
+    """The axis and the numbers of the rows that an adapter brings, for each table that has such."""
+    found = {
+        path: token_rows(place.modules[0], place, settings)
+        for path, place in places.items()
+        if place.rows_name() in tensors
+    }
+    return {path: (int(places[path].kind == "kernel"), x) for path, x in found.items() if x}
+
+
 def find_places(leaves: Mapping[str, Any]) -> dict[str, Place]:
     """The leaves that a Hugging Face model has, and where."""
     places = {}
@@ -119,7 +132,7 @@ def is_tied(places: Mapping[str, Place]) -> bool:
 
 
 def is_targeted(module: str, place: Place, settings: Mapping[str, Any]) -> bool:
-    """PEFT's rule; with no `target_modules` the tensors of the file say it."""
+    """PEFT's rule for the targets that the config names."""
     if place.raw:
         return any(_ends(place.target(module), x) for x in settings.get("target_parameters") or ())
     targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")

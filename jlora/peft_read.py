@@ -25,7 +25,15 @@ from jlora.peft_names import (
 )
 from jlora.rows import RowsArray
 
-__all__ = ["check_shape", "dense", "match", "read_adapter", "read_config", "read_rows"]
+__all__ = [
+    "check_shape",
+    "dense",
+    "match",
+    "read_adapter",
+    "read_config",
+    "read_copies",
+    "read_rows",
+]
 
 
 def dense(leaf: Any) -> Any:
@@ -64,13 +72,9 @@ def match(
             dora = settings["use_dora"]
             for module in _covered(place, settings, tensors):
                 expected.update(place.adapter_names(module, dora=dora))
-        for module in place.modules:
-            names = {f"{module}.{place.parameter}", f"{module}.base_layer.{place.parameter}"}
-            for name in names & set(tensors):
-                _check_copy(folder, name, tensors, leaves[path], place, module)
-                spare.add(name)
+        spare.update(set(_copies(place)) & set(tensors))
     if is_tied(places):
-        spare |= _check_tied(folder, settings, tensors, leaves, places, adapted, whole)
+        spare |= _check_tied(folder, settings, tensors, places, adapted, whole)
     missing, unused = expected - set(tensors), set(tensors) - expected - spare
     if missing or unused:
         raise ValueError(
@@ -113,7 +117,7 @@ def _takes_factors(
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
 ) -> bool:
-    """Whether the file or the config has an adapter for a leaf; DoRA must cover all of it."""
+    """Whether the folder has an adapter for a leaf; DoRA must cover all of it."""
     covered = _covered(place, settings, tensors)
     if covered and settings["use_dora"]:
         _check_cover(folder, path, place, covered)
@@ -132,17 +136,14 @@ def _trains_bias(
 def _covered(
     place: Place, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> list[str]:
-    """The modules of a leaf that the file or the config has an adapter for."""
-    if place.raw:
-        return [module for module in place.modules if is_targeted(module, place, settings)]
-    if place.parameter != "weight" or place.kind not in ("kernel", "embedding"):
+    """The modules of a leaf that the config adapts; where it names none, those of the file."""
+    if not place.raw and (place.parameter != "weight" or place.kind not in ("kernel", "embedding")):
         return []
-    return [
-        module
-        for module in place.modules
-        if not set(place.factor_names(module)).isdisjoint(tensors)
-        or is_targeted(module, place, settings)
-    ]
+    modules = place.modules
+    if settings.get("target_modules") is None and not settings.get("target_parameters"):
+        modules = [m for m in modules if not set(place.factor_names(m)).isdisjoint(tensors)]
+        settings = {**settings, "target_modules": ".*"}
+    return [module for module in modules if is_targeted(module, place, settings)]
 
 
 def _check_cover(folder: pathlib.Path, path: str, place: Place, covered: Sequence[str]) -> None:
@@ -153,29 +154,63 @@ def _check_cover(folder: pathlib.Path, path: str, place: Place, covered: Sequenc
         )
 
 
-def _check_copy(
+def _copies(place: Place) -> list[str]:
+    """What PEFT calls a leaf's own tensors where it stores them beside an adapter."""
+    parameters = (place.parameter, f"base_layer.{place.parameter}")
+    return [f"{module}.{parameter}" for module in place.modules for parameter in parameters]
+
+
+def read_copies(
     folder: pathlib.Path,
-    name: str,
     tensors: Mapping[str, np.ndarray],
-    leaf: Any,
-    place: Place,
-    module: str,
-) -> None:
-    """Refuses a base weight in the file that is not the base's, up to bfloat16 rounding."""
-    check_shape(folder, name, tensors[name], place.shape(leaf.shape))
-    base = place.tensors(np.asarray(jnp.asarray(dense(leaf), jnp.bfloat16)))
-    if not np.array_equal(base[f"{module}.{place.parameter}"], tensors[name].astype(jnp.bfloat16)):
-        raise ValueError(
-            f"{folder / WEIGHTS} holds {name}, which differs from the base model's and is not in "
-            "modules_to_save: the adapter was made for another base model."
-        )
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Place],
+    whole: Sequence[str],
+    *,
+    other_base: bool,
+) -> dict[str, Any]:
+    """The base's weights that the file has copies of, where those differ: the copies.
+
+    PEFT stores embeddings and heads that were resized, and puts them into a model that it loads the
+    adapter on.
+
+    Raises:
+      ValueError: if a copy differs from the base's weight, up to bfloat16 rounding, and
+        `other_base` is not set.
+    """
+    tied, found = is_tied(places), {}
+    for path, place in places.items():
+        heads = (f"{HEAD}.weight", f"{HEAD}.base_layer.weight")
+        names = [*_copies(place), *(heads if tied and place.kind == "embedding" else ())]
+        names = [name for name in names if name in tensors]
+        if path in whole or not names:
+            continue
+        base = np.asarray(jnp.asarray(dense(leaves[path]), jnp.bfloat16))
+        own = place.tensors(base)
+        for name in names:
+            check_shape(folder, name, tensors[name], place.shape(leaves[path].shape))
+            module = name.removesuffix(f".{place.parameter}").removesuffix(".base_layer")
+            module = place.modules[0] if module == HEAD else module
+            if np.array_equal(
+                own[f"{module}.{place.parameter}"], tensors[name].astype(jnp.bfloat16)
+            ):
+                continue
+            if not other_base or place.stacked:
+                raise ValueError(
+                    f"{folder / WEIGHTS} holds {name}, which differs from the base model's and is "
+                    "not in modules_to_save: the adapter was made for another base model, or for "
+                    "this one with a resized vocabulary. Load that base, or take the file's weight "
+                    "in place of the base's, as PEFT does: other_base=True, or --other-base."
+                )
+            copy = tensors[name].swapaxes(-1, -2) if place.kind == "kernel" else tensors[name]
+            found[path] = jnp.asarray(copy, leaves[path].dtype)
+    return found
 
 
 def _check_tied(
     folder: pathlib.Path,
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
-    leaves: Mapping[str, Any],
     places: Mapping[str, Place],
     adapted: Sequence[str],
     whole: Sequence[str],
@@ -184,15 +219,12 @@ def _check_tied(
     path, table = next((p, place) for p, place in places.items() if place.kind == "embedding")
     heads = {f"{HEAD}.weight", f"{HEAD}.base_layer.weight"} & set(tensors)
     apart = path in adapted or any(name.startswith(f"{HEAD}.lora_") for name in tensors)
+    copies = [tensors[name] for name in (*sorted(heads), *_copies(table)) if name in tensors]
+    apart |= any(not np.array_equal(copies[0], other) for other in copies[1:])
     if path in whole:
-        embedding = tensors.get(f"{table.modules[0]}.weight")
-        same = embedding is not None and all(
-            np.array_equal(tensors[name], embedding) for name in heads
-        )
-        apart |= not same or not (heads or settings.get("ensure_weight_tying"))
-    elif not apart:
-        for name in heads:
-            _check_copy(folder, name, tensors, leaves[path], table, table.modules[0])
+        apart |= not (heads or settings.get("ensure_weight_tying"))
+    else:
+        apart |= is_saved(HEAD, settings)
     if apart:
         raise NotImplementedError(
             f"{folder} changes the embedding and the head apart from each other, but in this model "
@@ -206,12 +238,23 @@ def read_adapter(
     folder: pathlib.Path,
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
-    path: str,
     leaf: Any,
     place: Place,
 ) -> LoraArray:
-    """The adapter of a leaf, from the tensors of all its modules."""
-    rank, alpha = _rank_and_alpha(folder, settings, path, place)
+    """The adapter of a leaf, from the tensors of all its modules.
+
+    All of them get the largest rank, by zeros, and the scaling that belongs to it: what another
+    module has more or less is in its `b`.
+    """
+    pairs = dict(
+        zip(
+            _covered(place, settings, tensors),
+            _ranks_and_alphas(settings, tensors, place),
+            strict=True,
+        )
+    )
+    rank, alpha = max(pairs.values())
+    scaling = _scaling(settings, rank, alpha)
     *stack, d_in, d_out = leaf.shape
     experts = tuple(stack[place.stacked :])
     count = math.prod(experts)
@@ -223,11 +266,17 @@ def read_adapter(
             downs.append(np.zeros((*experts, d_in, rank), np.float32))
             ups.append(np.zeros((*experts, rank, d_out), np.float32))
             continue
-        check_shape(folder, down, tensors[down], (count * rank, d_in))
-        check_shape(folder, up, tensors[up], (d_out, rank * count))
+        own = pairs[module][0]
+        check_shape(folder, down, tensors[down], (count * own, d_in))
+        check_shape(folder, up, tensors[up], (d_out, own * count))
         # PEFT has a rank of one expert after the other in A, and expert by expert of a rank in B.
-        downs.append(tensors[down].reshape(*experts, rank, d_in).swapaxes(-1, -2))
-        ups.append(tensors[up].reshape(d_out, rank, *experts).T)
+        a = tensors[down].reshape(*experts, own, d_in).swapaxes(-1, -2)
+        b = tensors[up].reshape(d_out, own, *experts).T
+        if (share := _scaling(settings, *pairs[module]) / scaling) != 1:
+            b = np.float32(share) * b
+        whole = [(0, 0)] * len(experts)
+        downs.append(np.pad(a, [*whole, (0, 0), (0, rank - own)]))
+        ups.append(np.pad(b, [*whole, (0, rank - own), (0, 0)]))
         if settings["use_dora"]:
             check_shape(folder, magnitude, tensors[magnitude], (d_out,))
             lengths.append(tensors[magnitude])
@@ -237,7 +286,7 @@ def read_adapter(
         leaf,
         a,
         b,
-        scaling=alpha / (math.sqrt(rank) if settings["use_rslora"] else rank),
+        scaling=scaling,
         axes=(*(("stack",) * len(stack)), "in", "out"),
         dropout=settings["lora_dropout"],
     )
@@ -247,27 +296,26 @@ def read_adapter(
     return dataclasses.replace(adapter, magnitude=magnitude)  # pyright: ignore[reportCallIssue]
 
 
-def _rank_and_alpha(
-    folder: pathlib.Path, settings: Mapping[str, Any], path: str, place: Place
-) -> tuple[int, float]:
-    pairs = {
+def _ranks_and_alphas(
+    settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], place: Place
+) -> list[tuple[int, float]]:
+    """What the config says of each module of a leaf that has an adapter."""
+    return [
         (
             pattern_value(settings["rank_pattern"], name, settings["r"]),
             pattern_value(settings["alpha_pattern"], name, settings["lora_alpha"]),
         )
-        for name in map(place.target, place.modules)
-    }
-    if len(pairs) > 1:
-        raise NotImplementedError(
-            f"{folder} gives the layers of {path!r} different (rank, alpha): {sorted(pairs)}. They "
-            "are stacked in one leaf here, so they have to agree."
-        )
-    return pairs.pop()
+        for name in map(place.target, _covered(place, settings, tensors))
+    ]
+
+
+def _scaling(settings: Mapping[str, Any], rank: int, alpha: float) -> float:
+    return alpha / (math.sqrt(rank) if settings["use_rslora"] else rank)
 
 
 def read_config(
-    folder: pathlib.Path,
     settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
     filled: Mapping[str, Any],
     leaves: Mapping[str, Any],
     places: Mapping[str, Place],
@@ -275,7 +323,7 @@ def read_config(
     """The config whose `init` would give the same leaves."""
     adapted = [path for path, leaf in filled.items() if isinstance(leaf, LoraArray)]
     tables = [path for path, leaf in filled.items() if isinstance(leaf, RowsArray)]
-    pairs = {path: _rank_and_alpha(folder, settings, path, places[path]) for path in adapted}
+    pairs = {path: max(_ranks_and_alphas(settings, tensors, places[path])) for path in adapted}
     weights = [path for path in leaves if path.rpartition("/")[2] not in ("bias", "scale")]
 
     def differing(index: int, usual: Any) -> dict[Any, Any]:

@@ -386,9 +386,10 @@ def dequantize(params: Any, *, dtype: Any = None) -> Any:
     return jax.tree.map(unpack, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
 
 
-def format_of(leaf: QuantArray) -> str:
+def format_of(leaf: QuantArray) -> Format:
     """The format of a quantised weight, as `quantize` calls it."""
-    return {NF4Array: "nf4", Int8Array: "int8", Float8Array: "float8"}[type(leaf)]
+    names: dict[type, Format] = {NF4Array: "nf4", Int8Array: "int8", Float8Array: "float8"}
+    return names[type(leaf)]
 
 
 def placements(leaf: QuantArray, sharding: NamedSharding) -> Any:

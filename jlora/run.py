@@ -44,7 +44,7 @@ from jlora.base import (
     load_base,
     load_vocabulary,
 )
-from jlora.fingerprint import fingerprint
+from jlora.fingerprint import fingerprint, rows_of
 from jlora.fresh import adapt_run, lora_config, make_mesh, start_digest
 
 __all__ = [
@@ -276,13 +276,14 @@ def _prepare(
     lora = lora_config(run, base)
     check_start(lora, mesh)
     base = adapt_base(base, lora, jax.random.key(run.seed))
+    rows = rows_of(base.params)
     say(str(jlora.summary(base.params, lora)))
     digest = _digest(examples, held_out)
     devices.same_everywhere("The training data", digest)
     metadata: dict[str, Any] = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
     if weights:
         base = load()
-        metadata["base"] = fingerprint(base.params)
+        metadata["base"] = fingerprint(base.params, rows=rows)
         base = adapt_run(run, base)
         if lora.init != "default" or lora.variant == "vera":  # what no checkpoint holds
             metadata["start"] = start_digest(base.params)
@@ -450,14 +451,21 @@ def _finish(job: _Job, result: train.FitResult, trainable: Any, say: Say) -> Non
 
 
 def save_adapter(
-    folder: Path, base: Base, params: Any, lora: jlora.LoraConfig, *, recorded: Any = None
+    folder: Path,
+    base: Base,
+    params: Any,
+    lora: jlora.LoraConfig,
+    *,
+    recorded: Any = None,
+    serve: bool = False,
 ) -> None:
     """Writes a PEFT folder, with the tokenizer beside the adapter if tokens were added.
 
-    `params`, `lora` and `recorded` are the tree, the config and the `base` of `peft.save`.
+    `params`, `lora`, `recorded` and `serve` are the tree, the config, the `base` and the `serve` of
+    `peft.save`.
     """
-    revision = models.revision(base.name)
-    peft.save(folder, params, lora, base_model=base.name, revision=revision, base=recorded)
+    named = {"base_model": base.name, "revision": models.revision(base.name)}
+    peft.save(folder, params, lora, **named, base=recorded, serve=serve)
     if base.new_tokens:  # as PEFT's users keep a tokenizer beside such an adapter
         for name, text in base.vocabulary.files.items():
             report.write_text(folder / name, text)

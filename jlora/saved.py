@@ -15,7 +15,7 @@ import numpy as np
 import jlora
 from jlora import checkpoint, config, peft, train
 from jlora.base import Base, load_base, load_vocabulary
-from jlora.fingerprint import check_base
+from jlora.fingerprint import check_base, rows_of
 from jlora.fresh import adapt_run, lora_config, read_originals
 from jlora.merging import MergeError
 from jlora.models import weights
@@ -80,7 +80,8 @@ def load_run(
     initial = adapt_run(run, base)
     restored = _restore(folder, run, lora, initial.params, say)
     if not other_base:
-        check_base(folder, run.model.path, restored.metadata["base"], base.params)
+        rows = rows_of(initial.params)
+        check_base(folder, run.model.path, restored.metadata["base"], base.params, rows=rows)
     params = jlora.combine(restored.tree.trainable, jlora.split(initial.params, lora)[1])
     if changed and plain:
         originals = read_originals(run, base)
@@ -113,6 +114,7 @@ def export(
     say: Say,
     *,
     other_base: bool = False,
+    serve: bool = False,
 ) -> None:
     """Writes a run's adapter as a PEFT folder, with the tokenizer beside it if tokens were added.
 
@@ -121,9 +123,10 @@ def export(
       output: the folder to write.
       say: as in `load_run`.
       other_base: as in `load_run`.
+      serve: as in `jlora.peft.save`.
     """
     loaded, lora = load_run(folder, say, plain=True, other_base=other_base)
-    save_adapter(Path(output), loaded, loaded.params, lora)
+    save_adapter(Path(output), loaded, loaded.params, lora, serve=serve)
 
 
 def load_to_merge(

@@ -6,12 +6,16 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tokenizers
+
+from jlora.chat import tokenizer_json
+from jlora.quant import QuantArray, format_of, pack_weight
 
 __all__ = ["add", "grow"]
 
@@ -29,13 +33,17 @@ def add(
       The files with a new `tokenizer.json`, and the ids of the tokens, in their order.
 
     Raises:
-      ValueError: if a token is empty or given twice.
+      ValueError: if a token is empty or given twice, or `tokenizer.json` is absent or broken.
     """
     if not all(new_tokens) or len(set(new_tokens)) < len(new_tokens):
         raise ValueError(f"New tokens must be different texts, none empty, got {[*new_tokens]}.")
     if not new_tokens:
         return dict(files), ()
-    backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+    text = tokenizer_json(files)
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises the bare class
+        raise ValueError(f"tokenizer.json cannot be read: {error}") from error
     plain = [tokenizers.AddedToken(text, normalized=False) for text in new_tokens]
     backend.add_tokens(plain)
     vocab = backend.get_vocab()
@@ -62,13 +70,28 @@ def grow(model: Any, params: Any, vocab_size: int) -> tuple[Any, Any]:
         return model, params
 
     def widen(table: Any, axis: int) -> Any:
-        if isinstance(table, jax.ShapeDtypeStruct):
-            shape = (*table.shape[:axis], vocab_size, *table.shape[axis + 1 :])
-            return jax.ShapeDtypeStruct(shape, table.dtype)
-        mean = table.astype(jnp.float32).mean(axis, keepdims=True).astype(table.dtype)
-        return jnp.concatenate([table, jnp.repeat(mean, more, axis)], axis)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(table)):
+            return jax.eval_shape(functools.partial(_widen, more=more, axis=axis), table)
+        return _widen(table, more, axis)
 
     grown = {**params, "embed_tokens": {"embedding": widen(params["embed_tokens"]["embedding"], 0)}}
     if not model.config.tie_embeddings:
         grown["lm_head"] = {"kernel": widen(params["lm_head"]["kernel"], 1)}
     return type(model)(dataclasses.replace(model.config, vocab_size=vocab_size)), grown
+
+
+def _widen(table: Any, more: int, axis: int) -> Any:
+    dense = table.materialise() if isinstance(table, QuantArray) else table
+    mean = dense.astype(jnp.float32).mean(axis, keepdims=True).astype(table.dtype)
+    new = jnp.repeat(mean, more, axis)
+    if not isinstance(table, QuantArray):
+        return jnp.concatenate([table, new], axis)
+    if table.axes[axis] != "out":  # then blocks run over the ends of old and new
+        raise NotImplementedError(
+            f"The vocabulary is axis {axis} of a table packed with axes {table.axes}: its blocks "
+            "would hold old and new tokens. Grow the model first and quantise it afterwards."
+        )
+    # Row by row a token. The scales of blocks stay apart, or those of old tokens would change.
+    packed = pack_weight(new, table.axes, format_of(table), double_quantize=False)
+    join = lambda old, new: jnp.concatenate([old, new])  # noqa: E731
+    return jax.tree.map(join, table.divisible(), packed)

@@ -139,6 +139,15 @@ def to_plain_lora(
     Raises:
       ValueError: for a quantised base without `base`.
     """
+    factor = math.sqrt(2) if config.rank_stabilized else 2
+    plain = dataclasses.replace(
+        config,
+        rank=2 * config.rank,
+        alpha=factor * config.alpha,
+        rank_pattern=[(pattern, 2 * rank) for pattern, rank in config.rank_pattern],
+        alpha_pattern=[(pattern, factor * alpha) for pattern, alpha in config.alpha_pattern],
+        init="default",
+    )
     originals = None if base is None else leaves_by_path(base)
 
     def double(path: str, start: Any, end: Any) -> Any:
@@ -156,18 +165,11 @@ def to_plain_lora(
         rank_axis = end.axes.count("stack")
         a = jnp.concatenate([end.a, start.a], -1)
         b = jnp.concatenate([end.b, -start.b], rank_axis)
-        return dataclasses.replace(end, w=w, a=a, b=b)
+        scaling = plain.scaling_of(path)  # the same but for the last bit, which the config says
+        scaling = scaling if math.isclose(scaling, end.scaling, rel_tol=1e-12) else end.scaling
+        return dataclasses.replace(end, w=w, a=a, b=b, scaling=scaling)
 
-    plain = map_with_path(double, initial, trained, is_leaf=is_array_leaf)
-    factor = math.sqrt(2) if config.rank_stabilized else 2
-    return plain, dataclasses.replace(
-        config,
-        rank=2 * config.rank,
-        alpha=factor * config.alpha,
-        rank_pattern=[(pattern, 2 * rank) for pattern, rank in config.rank_pattern],
-        alpha_pattern=[(pattern, factor * alpha) for pattern, alpha in config.alpha_pattern],
-        init="default",
-    )
+    return map_with_path(double, initial, trained, is_leaf=is_array_leaf), plain
 
 
 def from_plain_lora(initial: Any, plain: Any) -> Any:

@@ -281,6 +281,10 @@ def test_merged_and_exported_give_the_trained_logits(made, tmp_path):
     np.testing.assert_allclose(loaded.forward(params, tokens), expected, rtol=1e-5, atol=1e-5)
     plain = loaded.apply(loaded.params, tokens)
     assert np.abs(plain - expected).max() > 0.05  # the adapter does something
+    assert cli.main(["export", str(run), "-o", str(tmp_path / "served"), "--serve"]) == 0
+    served, read = peft.load(tmp_path / "served", loaded.params)
+    assert (read.alpha, read.rank_pattern, read.alpha_pattern) == (read.rank, (), ())
+    np.testing.assert_allclose(loaded.forward(served, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ LONGROPE = {
 PHI = {"rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75}}
 # (class names in transformers, what differs from SHAPE, fields of DecoderConfig that must matter)
 CASES = {
+    "llama": ("Llama", {}, {}),
     "mistral": ("Mistral", {"sliding_window": 8}, {"sliding_window": None}),
     "qwen2": ("Qwen2", SOME, {"sliding_layers": ()}),
     "qwen3": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}, {}),

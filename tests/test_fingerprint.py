@@ -6,6 +6,7 @@ import pickle
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import safetensors.numpy
 from test_peft import adapted, tiny
@@ -91,6 +92,34 @@ def test_an_adapter_is_refused_by_another_base(tmp_path):
     peft.load(tmp_path / "c", base)
     with pytest.raises(ValueError, match="embed_tokens/embedding: its elements are others"):
         peft.load(tmp_path / "c", changed(base, "embed_tokens/embedding"))
+
+
+def test_a_base_of_which_only_shapes_can_be_compared_is_noted(tmp_path):
+    model, base = tiny()
+    peft.save(tmp_path, adapted(model, base, QV), QV)
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), base)
+    with pytest.warns(UserWarning, match=r"Only shapes .* float16 here, and were in bfloat16"):
+        peft.load(tmp_path, half)
+    peft.load(tmp_path, half, other_base=True)  # and this without a warning
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_an_adapter_replaces_may_be_any_in_its_base(tied, tmp_path):
+    model, base = tiny(tie_embeddings=tied)
+    rows = {"embed_tokens": (3, 60)} | ({} if tied else {"lm_head": (3, 60)})
+    config = dataclasses.replace(QV, rows=rows)
+    fn = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    example = jnp.zeros((1, 4), jnp.int32)
+    peft.save(tmp_path, jlora.init(jax.random.key(0), base, config, fn=fn, args=(example,)), config)
+    table, own = base["embed_tokens"]["embedding"], {"embed_tokens", "lm_head"} & set(base)
+    resized = {**base, "embed_tokens": {"embedding": table.at[60].add(1)}}
+    if not tied:
+        resized["lm_head"] = {"kernel": base["lm_head"]["kernel"].at[:, 60].add(1)}
+    loaded, _ = peft.load(tmp_path, resized)
+    merged = jlora.merge_params({name: loaded[name] for name in own})
+    jax.tree.map(np.testing.assert_array_equal, merged, {name: base[name] for name in own})
+    with pytest.raises(ValueError, match="embed_tokens/embedding: its elements are others"):
+        peft.load(tmp_path, {**base, "embed_tokens": {"embedding": table.at[:50].add(1)}})
 
 
 @pytest.mark.slow

@@ -191,12 +191,13 @@ def test_peft_computes_the_same_logits(case, tmp_path):
     assert difference > 1e-2  # or the adapter would prove nothing
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_merging_equals_merging_in_peft(variant, tmp_path):
-    config = jlora.LoraConfig(
-        rank=4, alpha=8, exclude=("lm_head",), rank_pattern={"k_proj": 2}, variant=variant
-    )
-    model, base = tiny()
+MERGED = ("patterns", "rank stabilised", "embedding", "dora", "norms whole", "all biases")
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merging_equals_merging_in_peft(name, tmp_path):
+    config, overrides = CONFIGS[name]
+    model, base = tiny(**overrides)
     params = adapted(model, base, config)
     _, reference = torch_model(tmp_path / "base", model, base)
     peft.save(tmp_path / "adapter", params, config)
@@ -251,8 +252,61 @@ PEFT_CONFIGS = {
         layers_pattern="layers",
     ),
     "layers by a regex": dict(r=4, target_modules=r".*layers\.[12]\..*\.(k|up)_proj"),
+    "a rank of each layer": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"layers.0.self_attn.q_proj": 6, "layers.2.self_attn.q_proj": 1},
+        alpha_pattern={"layers.0.self_attn.q_proj": 3, "layers.1.mlp.down_proj": 5},
+    ),
+    "a rank of each layer, dora": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 6},
+        use_dora=True,
+        use_rslora=True,
+    ),
+    "a rank of the one layer": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        layers_to_transform=[1],
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+    ),
     "gaussian": dict(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=["up_proj"]),
 }
+
+
+def test_an_eva_adapter_of_peft_loads(tmp_path):
+    model, base = tiny()
+    torch, reference = torch_model(tmp_path / "base", model, base)
+    import peft as other
+
+    config = other.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights="eva",
+        eva_config=other.EvaConfig(rho=2.0),
+    )
+    reference = other.get_peft_model(reference, config)
+    batch = {"input_ids": torch.from_numpy(TOKENS.astype(np.int64))}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    other.initialize_lora_eva_weights(reference, [batch] * 3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    reference.eval().save_pretrained(tmp_path / "adapter")
+    assert len(set(settings_of(tmp_path / "adapter")["rank_pattern"].values())) > 1
+    params, read = peft.load(tmp_path / "adapter", base)
+    got = apply(model)(params, TOKENS)
+    np.testing.assert_allclose(got, logits_of(torch, reference), rtol=1e-4, atol=1e-4)
+    peft.save(tmp_path / "again", params, read)
+    assert_same(peft.load(tmp_path / "again", base)[0], params)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -272,6 +326,37 @@ def test_biases_that_peft_trained_load_and_are_written_again(bias, tmp_path):
     one = dataclasses.replace(config, train=("*/q_proj/bias",))
     with pytest.raises(NotImplementedError, match=r"none, all .* or those of adapted"):
         peft.save(tmp_path / "third", params, one)
+
+
+BIASED = {
+    "all, of one layer": dict(bias="all", target_modules=["q_proj"], layers_to_transform=[1]),
+    "all, of one layer of two": dict(
+        bias="all", target_modules=["q_proj", "down_proj"], layers_to_transform=[1]
+    ),
+    "beside a module": dict(
+        bias="lora_only", target_modules=["q_proj"], modules_to_save=["o_proj"]
+    ),
+    "beside modules": dict(
+        bias="lora_only", target_modules=["q_proj"], modules_to_save=["o_proj", "norm"]
+    ),
+    "all and a module": dict(bias="all", target_modules=["q_proj"], modules_to_save=["o_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_beside_layers_and_modules_come_back(name, tmp_path):
+    model, base = tiny(qkv_bias=True, o_bias=True, mlp_bias=True)
+    torch, reference = torch_model(tmp_path / "base", model, base)
+    reference = wrap_in_peft(torch, reference, r=4, lora_alpha=8, **BIASED[name])
+    reference.save_pretrained(tmp_path / "adapter")
+    params, config = peft.load(tmp_path / "adapter", base)
+    want = logits_of(torch, reference)
+    np.testing.assert_allclose(apply(model)(params, TOKENS), want, rtol=1e-4, atol=1e-4)
+    peft.save(tmp_path / "again", params, config)
+    assert_same(peft.load(tmp_path / "again", base)[0], params)
+    _, fresh = torch_model(tmp_path / "base", model, base)
+    got = logits_of(torch, load_in_peft(fresh, tmp_path / "again"))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
@@ -443,12 +528,17 @@ def write_tensors(folder, tensors):
         ({"lora_bias": True}, NotImplementedError, "lora_bias=True"),
         ({"bias": "some"}, ValueError, "bias must be 'none', 'all' or 'lora_only'"),
         ({"trainable_token_indices": [1]}, ValueError, "Missing.*trainable_tokens_delta"),
-        ({"trainable_token_indices": "1"}, ValueError, "must be a list of rows"),
+        ({"trainable_token_indices": "1"}, ValueError, "must be a list of different rows"),
         ({"target_parameters": "x"}, ValueError, "target_parameters must be a list"),
         ({"init_lora_weights": "pissa"}, NotImplementedError, "pissa.*base model"),
         ({"of_tomorrow": 3}, NotImplementedError, "of_tomorrow=3"),
         ({"r": 0}, ValueError, "r must be whole and at least 1, got 0"),
         ({"lora_alpha": None}, ValueError, "lora_alpha must be above 0"),
+        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha must be above 0 and finite"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, ValueError, "alpha_pattern must be above 0"),
+        ({"layers_pattern": 5, "layers_to_transform": 1}, ValueError, "layers_pattern must be a"),
+        ({"layers_pattern": ["("]}, ValueError, "no regular expression"),
+        ({"trainable_token_indices": [7, 7]}, ValueError, "must be a list of different rows"),
         ({"lora_dropout": 1}, ValueError, "lora_dropout must be"),
         ({"target_modules": 3}, ValueError, "target_modules must be a list"),
         ({"target_modules": "("}, ValueError, "no regular expression"),
@@ -457,8 +547,8 @@ def write_tensors(folder, tensors):
         ({"r": 5}, ValueError, r"q_proj.lora_A.weight has shape \[4, 24\], expected \[5, 24\]"),
         (
             {"rank_pattern": {"layers.1.self_attn.q_proj": 8}},
-            NotImplementedError,
-            "different .rank, alpha.",
+            ValueError,
+            r"layers.1.self_attn.q_proj.lora_A.weight has shape \[4, 24\], expected \[8, 24\]",
         ),
         ({"target_modules": ["q_proj", "k_proj"]}, ValueError, "Missing.*layers.0.*k_proj.lora_A"),
         ({"modules_to_save": ["lm_head"]}, ValueError, "Missing from the file: lm_head.weight"),
@@ -489,6 +579,11 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     refused(tensors | {stranger: tensors[first]}, "Missing.*: none. Without a place.*magnitude")
     refused(tensors | {first: tensors[first].T}, r"lora_A.weight has shape \[24, 4\]")
     refused({name[11:]: x for name, x in tensors.items()}, "begin with 'base_model.model.'")
+    for wrong in (np.nan, np.inf):
+        refused(tensors | {first: tensors[first] * wrong}, "NaN or infinite.*layers.0.*lora_A")
+    refused(tensors | {first: tensors[first].astype(np.int32)}, "lora_A.weight has dtype I32;.*F32")
+    narrow = tensors[first].astype(jnp.float8_e4m3fn)
+    refused(tensors | {first: narrow}, "lora_A.weight has dtype F8_E4M3; an adapter's")
     embed = "base_model.model.model.embed_tokens.weight"
     copy = np.asarray(base["embed_tokens"]["embedding"])
     refused(tensors | {embed: copy + 1}, "embed_tokens.weight, which differs from the base")
@@ -506,6 +601,31 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path):
     refused(last, "only in model.layers.0.*stacked", NotImplementedError)
 
 
+@pytest.mark.parametrize(
+    ("changes", "stranger"),
+    [
+        ({"target_modules": ["v_proj"]}, "layers.0.self_attn.q_proj.lora_A"),
+        ({"layers_to_transform": [1]}, "layers.0.self_attn.q_proj.lora_A"),
+        ({"exclude_modules": ["1.self_attn.q_proj"]}, "layers.1.self_attn.q_proj.lora_B"),
+        ({"exclude_modules": ["q_proj"], "target_modules": None}, "layers.2.self_attn.q_proj"),
+    ],
+)
+def test_factors_that_the_config_leaves_out_are_refused(changes, stranger, tmp_path):
+    folder, base, _, _ = simple(tmp_path)
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    tensors = tensors_of(folder)
+    more = {n.replace("q_proj", "v_proj"): x for n, x in tensors.items() if "lora_A" in n}
+    more |= {n.replace("q_proj", "v_proj"): x[:12] for n, x in tensors.items() if "lora_B" in n}
+    write_tensors(folder, tensors | more)
+    write_settings(folder, **targets)
+    peft.load(folder, base)
+    write_settings(folder, target_modules=None)  # then the tensors alone say it
+    peft.load(folder, base)
+    write_settings(folder, **targets | changes)
+    with pytest.raises(ValueError, match=f"Without a place in the model: .*{stranger}"):
+        peft.load(folder, base)
+
+
 def test_files_that_are_broken_or_missing_are_named(tmp_path):
     folder, base, _, _ = simple(tmp_path)
     weights = folder / "adapter_model.safetensors"
@@ -514,6 +634,15 @@ def test_files_that_are_broken_or_missing_are_named(tmp_path):
         weights.write_bytes(broken)
         with pytest.raises(ValueError, match=r"adapter_model.safetensors is broken or incomplete"):
             peft.load(folder, base)
+    tensors = safetensors.numpy.load(whole)
+    for metadata in ("[]", '"a"', '{"norm/scale": 3}', "{"):
+        safetensors.numpy.save_file(tensors, weights, metadata={"jlora_base": metadata})
+        with pytest.raises(ValueError, match=r"adapter_model.safetensors: the metadata 'jlora_b"):
+            peft.load(folder, base)
+    safetensors.numpy.save_file(tensors, weights)
+    config = (folder / "adapter_config.json").read_bytes()
+    (folder / "adapter_config.json").write_bytes(b"\xef\xbb\xbf" + config)
+    peft.load(folder, base)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"adapter_model.safetensors is missing"):
         peft.load(folder, base)
@@ -567,6 +696,27 @@ def test_a_tied_head_that_changes_alone_is_refused(tmp_path):
     write_tensors(folder, tensors | {names[0]: table + 1})
     with pytest.raises(NotImplementedError, match="apart from each other"):
         peft.load(folder, base)
+    write_settings(folder, modules_to_save=["lm_head"])
+    write_tensors(folder, tensors | {names[1]: table + 1})
+    with pytest.raises(NotImplementedError, match="apart from each other"):
+        peft.load(folder, base)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_with_a_resized_embedding_loads_where_it_is_asked_for(tied, tmp_path):
+    model, base = tiny(tie_embeddings=tied)
+    torch, reference = torch_model(tmp_path / "base", model, base)
+    reference.resize_token_embeddings(64)
+    options = dict(r=4, lora_alpha=8, target_modules=["q_proj"])
+    reference = wrap_in_peft(torch, reference, **options)
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    wide, grown = jlora.tokens.grow(model, base, 64)
+    with pytest.raises(ValueError, match=r"resized vocabulary.*other_base=True, or --other-base"):
+        peft.load(tmp_path / "adapter", grown)
+    params, config = peft.load(tmp_path / "adapter", grown, other_base=True)
+    assert not config.train
+    got = apply(wide)(params, TOKENS)
+    np.testing.assert_allclose(got, logits_of(torch, reference), rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_is_not_put_on_an_adapter(tmp_path):

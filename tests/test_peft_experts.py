@@ -87,6 +87,11 @@ def test_all_of_a_mixture_goes_to_peft(family, tmp_path):
     torch, fresh = torch_model(tmp_path / "base", model, base)
     got = load_in_peft(fresh, tmp_path / "ours")
     close(logits_of(torch, got), apply(model)(params, TOKENS))
+    got.merge_and_unload().save_pretrained(tmp_path / "merged")
+    _, expected = jlora.models.load(tmp_path / "merged")
+    for path, leaf in jlora.lora.leaves_by_path(jlora.merge_params(params)).items():
+        want = jlora.lora.leaves_by_path(expected)[path]
+        np.testing.assert_allclose(leaf, want, rtol=1e-6, atol=1e-6, err_msg=path)
 
 
 def test_what_cannot_be_said_is_refused(tmp_path):

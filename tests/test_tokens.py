@@ -27,6 +27,10 @@ def test_a_new_token_is_one_id_wherever_it_stands():
     for wrong in (["a", "a"], [""]):
         with pytest.raises(ValueError, match="different texts"):
             tokens.add(files, wrong)
+    with pytest.raises(ValueError, match=r"No tokenizer.json among .*\(config.json\)"):
+        tokens.add({"config.json": "{}"}, NEW)
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read"):
+        tokens.add({"tokenizer.json": "{}"}, NEW)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -42,6 +46,24 @@ def test_room_is_made_for_tokens(tied):
     assert tokens.grow(model, base, 61) == (model, base)
     shapes = jax.eval_shape(lambda: base)
     _, abstract = tokens.grow(model, shapes, 64)
+    assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, params)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "float8"])
+def test_room_is_made_in_a_quantised_head(fmt):
+    model, base = tiny()
+    fn = lambda params, x: model.apply({"params": params}, x)  # noqa: E731
+    x = jnp.arange(12)[None]
+    packed = jlora.quantize(base, fmt, fn=fn, args=(x,))
+    wide, params = tokens.grow(model, packed, 64)
+    head = params["lm_head"]["kernel"]
+    assert type(head) is type(packed["lm_head"]["kernel"])
+    dense = packed["lm_head"]["kernel"].materialise()
+    np.testing.assert_array_equal(head.materialise()[:, :61], dense)
+    assert_close(head.materialise()[:, 61:], dense.mean(1, keepdims=True).repeat(3, 1), 0.1)
+    logits = jlora.adapt(lambda p: wide.apply({"params": p}, x))(params)
+    assert_close(logits[..., :61], jlora.adapt(lambda p: fn(p, x))(packed), 1e-5)
+    _, abstract = tokens.grow(model, jax.eval_shape(lambda: packed), 64)
     assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, params)
 
 

@@ -28,7 +28,15 @@ SHAPES = {
 }
 
 
-def make(fmt=None, alpha=8, dtype=jnp.float32, init="default", names=tuple(SHAPES), **options):
+def make(
+    fmt=None,
+    alpha=8,
+    dtype=jnp.float32,
+    init="default",
+    names=tuple(SHAPES),
+    settings=None,
+    **options,
+):
     """Weights whose singular values fall, the adapted tree, and its config."""
     params = {}
     for i, name in enumerate(names):
@@ -37,6 +45,7 @@ def make(fmt=None, alpha=8, dtype=jnp.float32, init="default", names=tuple(SHAPE
     axes = {name: ROLES[name] for name in names}
     base = jlora.quantize(params, fmt, targets=names, axes=axes) if fmt else params
     config = jlora.LoraConfig(rank=RANK, alpha=alpha, targets=names, axes=axes, init=init)
+    config = dataclasses.replace(config, **settings or {})
     adapted = jlora.init(jax.random.key(9), base, config, base=params if fmt else None, **options)
     return params, adapted, config
 
@@ -121,6 +130,11 @@ def test_converted_to_plain_lora_it_is_the_trained_weight_on_the_original_one():
     stabilized = dataclasses.replace(config, rank_stabilized=True)
     again = variants.to_plain_lora(initial, trained, stabilized)[1]
     np.testing.assert_allclose(again.scaling_of("matrix"), stabilized.scaling_of("matrix"))
+    settings = dict(rank=4, alpha=32, rank_stabilized=True, rank_pattern={"matrix": 2})
+    _, initial, uneven = make(init="pissa", settings=settings)
+    exact, of_exact = variants.to_plain_lora(initial, initial, uneven)
+    for name, leaf in exact.items():  # to the last bit, or an export would name it as an exception
+        assert leaf.scaling == of_exact.scaling_of(name)
     for name, leaf in plain.items():
         assert leaf.rank == 2 * RANK
         assert_close(leaf.w, params[name], 1e-6)
