@@ -44,7 +44,7 @@ from jlora.peft_read import (
 )
 from jlora.rows import RowsArray
 
-__all__ = ["load", "save"]
+__all__ = ["check", "load", "save"]
 
 _TIED_ADVICE = (
     "the model's head is tied to its embedding, and in PEFT only the embedding would change. "
@@ -103,8 +103,7 @@ def save(
             )
     places = nested(find_places(leaves), adapters)
     tables = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, RowsArray)}
-    names = leaves_by_path(labels(params, config))
-    trained = [path for path, name in names.items() if isinstance(name, str) and name == "full"]
+    trained = _trained(params, config)
     _check_expressible(adapters, [*trained, *tables], places)
     if serve:
         adapters, config = _for_serving(adapters, [*trained, *tables], config, places)
@@ -133,6 +132,29 @@ def save(
         settings["revision"] = revision
     base = fingerprint(params, skip=trained) if base is None else base
     write(pathlib.Path(directory), settings, tensors | whole, base_license, base)
+
+
+def check(params: Any, config: LoraConfig) -> None:
+    """Finds before anything trains what `save` would refuse of the leaves' places and kinds.
+
+    Args:
+      params: the whole tree, with adapters; shapes and dtypes are enough.
+      config: the config it was made with.
+
+    Raises:
+      NotImplementedError: if PEFT has no way to say what a leaf does.
+    """
+    leaves = leaves_by_path(params)
+    adapters = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoraArray)}
+    tables = [path for path, leaf in leaves.items() if isinstance(leaf, RowsArray)]
+    places = nested(find_places(leaves), adapters)
+    _check_expressible(adapters, [*_trained(params, config), *tables], places)
+
+
+def _trained(params: Any, config: LoraConfig) -> list[str]:
+    """The paths of what trains whole."""
+    names = leaves_by_path(labels(params, config))
+    return [path for path, name in names.items() if isinstance(name, str) and name == "full"]
 
 
 def load(

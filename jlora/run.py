@@ -276,6 +276,7 @@ def _prepare(
     lora = lora_config(run, base)
     check_start(lora, mesh)
     base = adapt_base(base, lora, jax.random.key(run.seed))
+    peft.check(base.params, lora)
     rows = rows_of(base.params)
     say(str(jlora.summary(base.params, lora)))
     digest = _digest(examples, held_out)

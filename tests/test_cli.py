@@ -192,6 +192,15 @@ def test_a_full_disk_at_a_line_of_metrics_names_the_file(tmp_path):
     writer.close()
 
 
+def test_what_no_adapter_folder_can_hold_is_refused_before_weights_are_read(
+    made, capsys, monkeypatch
+):
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("loaded the weights"))
+    options = ["lora.targets=[embed_tokens, q_proj]", "name=tied"]
+    assert cli.main(["train", str(made[0]), *options]) == 2
+    assert "'embed_tokens/embedding' cannot be exported" in capsys.readouterr().err
+
+
 def test_a_nan_ends_the_run_and_says_when(made, capsys):
     path, run, _ = made
     options = ["name=nan", "optim.learning_rate=1e30", "optim.clip_norm=null", "eval.every=null"]
