@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from jlora.dora import DoraArray
 from jlora.fingerprint import check_base, fingerprint
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, labels, leaves_by_path
-from jlora.peft_folder import CONFIG, read_settings, read_tensors, write
+from jlora.peft_folder import CONFIG, WEIGHTS, listed, read_settings, read_tensors, write
 from jlora.peft_names import (
     HEAD,
     Place,
@@ -42,7 +43,9 @@ from jlora.peft_read import (
     read_copies,
     read_rows,
 )
+from jlora.peft_vera import PROJECTIONS, read_vera, vera_places, vera_settings, vera_tensors
 from jlora.rows import RowsArray
+from jlora.vera import VeraArray
 
 __all__ = ["check", "load", "save"]
 
@@ -107,9 +110,14 @@ def save(
     _check_expressible(adapters, [*trained, *tables], places)
     if serve:
         adapters, config = _for_serving(adapters, [*trained, *tables], config, places)
+    vera = any(isinstance(leaf, VeraArray) for leaf in adapters.values())
     tensors = {}
-    for path, leaf in adapters.items():
-        tensors |= _factor_tensors(leaf, places[path])
+    if vera:
+        places = vera_places(places)
+        tensors = vera_tensors(adapters, places)
+    else:
+        for path, leaf in adapters.items():
+            tensors |= _factor_tensors(leaf, places[path])
     if not tensors:
         raise ValueError("All factors of all adapters are zero: there is nothing to save.")
     bias, biases = _biases(trained, tensors, places)
@@ -130,6 +138,13 @@ def save(
     settings["base_model_name_or_path"] = base_model or None
     if revision:
         settings["revision"] = revision
+    if vera:
+        if biases or tables:
+            raise NotImplementedError(
+                f"{[*biases, *tables][0]!r} trains beside VeRA adapters, for which PEFT's VeRA has "
+                "no names. Merge with jlora.merge_params and save the whole model."
+            )
+        settings = vera_settings(settings, config)
     base = fingerprint(params, skip=trained) if base is None else base
     write(pathlib.Path(directory), settings, tensors | whole, base_license, base)
 
@@ -180,7 +195,7 @@ def load(
       FileNotFoundError: if a file is missing.
       ValueError: if a file is broken, tensors are missing, left over or of a wrong shape, or the
         adapter was made for another base.
-      NotImplementedError: if the adapter is more than LoRA or DoRA and modules trained whole.
+      NotImplementedError: if the adapter is more than LoRA, DoRA or VeRA and modules trained whole.
     """
     folder = pathlib.Path(directory)
     settings = read_settings(folder / CONFIG)
@@ -199,13 +214,24 @@ def load(
     places = nested(
         places, [p for p, x in places.items() if is_targeted(x.modules[0], x, settings)]
     )
+    vera = settings["peft_type"] == "VERA"
+    projections, shared = {}, {}
+    if vera:
+        places = vera_places(places)
+        if missing := sorted(set(PROJECTIONS) - set(tensors)):
+            raise ValueError(f"{folder / WEIGHTS} lacks {listed(missing)}, which VeRA shares.")
+        projections = {name: tensors.pop(name) for name in PROJECTIONS}
     adapted, whole, tables = match(folder, settings, tensors, leaves, places)
     copies = read_copies(folder, tensors, leaves, places, whole, other_base=other_base)
     leaves, filled = {**leaves, **copies}, dict[str, Any]()
     for path in tables:
         filled[path] = read_rows(folder, settings, tensors, path, leaves[path], places[path])
     for path in adapted:
-        filled[path] = read_adapter(folder, settings, tensors, leaves[path], places[path])
+        where = leaves[path], places[path]
+        if vera:
+            filled[path] = read_vera(folder, settings, tensors, projections, shared, path, *where)
+        else:
+            filled[path] = read_adapter(folder, settings, tensors, *where)
     for path in whole:
         for module in (place := places[path]).modules:
             name = f"{module}.{place.parameter}"
@@ -214,7 +240,8 @@ def load(
     params = tree.map_with_path(
         lambda path, leaf: filled.get(path, copies.get(path, leaf)), params, is_leaf=is_array_leaf
     )
-    return params, read_config(settings, tensors, filled, leaves, places)
+    config = read_config(settings, tensors, filled, leaves, places)
+    return params, dataclasses.replace(config, variant="vera") if vera else config
 
 
 def _plain_biases(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -255,6 +282,8 @@ def _for_serving(
     def fold(path: str, leaf: LoraArray) -> LoraArray:
         if isinstance(leaf, DoraArray):
             raise NotImplementedError(f"vLLM takes no DoRA adapter, as {path!r} is one. {advice}")
+        if isinstance(leaf, VeraArray):
+            raise NotImplementedError(f"vLLM takes no VeRA adapter, as {path!r} is one. {advice}")
         more = rank - leaf.rank
         axis = leaf.axes.count("stack")
         a = jnp.pad(leaf.a, [(0, 0)] * (leaf.a.ndim - 1) + [(0, more)])
@@ -299,7 +328,7 @@ def _check_expressible(
             )
     if len({type(leaf) for leaf in adapters.values()}) > 1:
         raise NotImplementedError(
-            "Some adapters are DoRA and some are not; PEFT's use_dora is for all of a folder. "
+            "The adapters are of several kinds, and PEFT's folders hold one kind each. "
             "Merge with jlora.merge_params and save the whole model."
         )
 
@@ -332,7 +361,7 @@ def _biases(
         for path, place in places.items()
         if place.parameter == "bias" and whole.isdisjoint(place.modules)
     ]
-    adapted = {name.rpartition(".lora_")[0] for name in tensors}
+    adapted = {re.sub(r"\.(lora|vera)_[^/]*$", "", name) for name in tensors}
     beside = [path for path in every if adapted.issuperset(places[path].modules)]
     chosen = [path for path in every if path in trained]
     if all(adapted.isdisjoint(places[path].modules) for path in chosen):

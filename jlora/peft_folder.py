@@ -22,6 +22,8 @@ _PREFIX = "base_model.model."
 _BASE = "jlora_base"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 
+_SHARED = "base_model.vera_A", "base_model.vera_B"  # which are in no module
+
 # Fields of adapter_config.json that are read, or that change nothing in how an adapter computes.
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
@@ -37,6 +39,11 @@ _HARMLESS = {
 }  # fmt: skip
 
 
+# VeRA's names for what LoRA has too, and what else its config holds.
+_VERA = {"vera_dropout": "lora_dropout", "init_weights": "init_lora_weights"}
+_VERA_ALONE = {"save_projection", "projection_prng_key", "d_initial"}
+
+
 def read_settings(file: pathlib.Path) -> dict[str, Any]:
     """adapter_config.json with PEFT's defaults filled in; refuses what is not read here."""
     if not file.is_file():
@@ -49,9 +56,11 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
         raise ValueError(f"{file} has no 'peft_type'; PEFT writes one, \"LORA\" for LoRA.")
-    if settings["peft_type"] != "LORA":
+    if settings["peft_type"] == "VERA":
+        settings = _as_lora(file, settings)
+    elif settings["peft_type"] != "LORA":
         raise NotImplementedError(
-            f"{file}: peft_type is {settings['peft_type']!r}; only 'LORA' can be loaded."
+            f"{file}: peft_type is {settings['peft_type']!r}; only 'LORA' and 'VERA' can be loaded."
         )
     init = settings.get("init_lora_weights", True)
     refused = [
@@ -73,6 +82,21 @@ def read_settings(file: pathlib.Path) -> dict[str, Any]:
         settings[name] = settings.get(name) or {}
     _check_types(file, settings)
     return settings
+
+
+def _as_lora(file: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a VeRA adapter by the names that LoRA's have."""
+    if not settings.get("save_projection", True):
+        raise NotImplementedError(
+            f"{file} has save_projection=false: its projections are random numbers of torch, which "
+            "only torch can draw again. Load it with PEFT, set save_projection to true in its "
+            "config and save it again."
+        )
+    if (bias := settings.get("bias", "none")) != "none":
+        raise NotImplementedError(f"{file} has bias={bias!r}, which is read beside LoRA alone.")
+    rank = settings.get("r", 256)
+    renamed = {_VERA.get(k, k): value for k, value in settings.items() if k not in _VERA_ALONE}
+    return renamed | {"r": rank, "lora_alpha": rank}
 
 
 def _check_types(file: pathlib.Path, settings: Mapping[str, Any]) -> None:
@@ -153,7 +177,7 @@ def read_tensors(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str,
             f"{file}: tensors hold NaN or infinite elements: {listed(broken)}. The training that "
             "wrote them went wrong; take an adapter from before that."
         )
-    if strange := sorted(name for name in tensors if not name.startswith(_PREFIX)):
+    if strange := sorted({name for name in tensors if not name.startswith(_PREFIX)} - {*_SHARED}):
         raise ValueError(
             f"{file}: tensor names of a PEFT adapter begin with {_PREFIX!r}; these do not: "
             f"{listed(strange)}."
@@ -189,7 +213,7 @@ def write(
     `base` is the base model's fingerprint. A folder that was not there appears whole. In one that
     was, each file is replaced whole.
     """
-    prefixed = {_PREFIX + name: array for name, array in tensors.items()}
+    prefixed = {_PREFIX * (name not in _SHARED) + name: x for name, x in tensors.items()}
     metadata = {"format": "pt"} | ({_BASE: json.dumps(base)} if base else {})
     contents = {
         "README.md": _model_card(settings, base_license).encode(),
@@ -232,9 +256,9 @@ _CARD = """---
 {front}
 ---
 
-# LoRA adapter{of}
+# {kind} adapter{of}
 
-Trained with jlora. Rank {rank}, alpha {alpha}, on {targets}.
+Trained with jlora. {how}, on {targets}.
 
 With PEFT:
 
@@ -260,7 +284,9 @@ forward = jlora.adapt(model.apply)
 
 def _model_card(settings: Mapping[str, Any], base_license: str) -> str:
     base_model = settings["base_model_name_or_path"]
-    front = ["library_name: peft", "tags:", "- lora", "- jlora", "pipeline_tag: text-generation"]
+    kind = settings["peft_type"].lower()
+    front = ["library_name: peft", "tags:", f"- {kind}", "- jlora"]
+    front.append("pipeline_tag: text-generation")
     if base_model:
         front.append(f"base_model: {json.dumps(base_model)}")
     if base_license:
@@ -268,12 +294,13 @@ def _model_card(settings: Mapping[str, Any], base_license: str) -> str:
     return _CARD.format(
         front="\n".join(front),
         of=f" for {base_model}" if base_model else "",
-        rank=settings["r"],
-        alpha=settings["lora_alpha"],
+        kind="VeRA" if settings["peft_type"] == "VERA" else "LoRA",
+        how=f"Rank {settings['r']}"
+        + (f", alpha {settings['lora_alpha']}" if "lora_alpha" in settings else ""),
         targets=", ".join(
             f"`{target}`"
             for name in ("target_modules", "target_parameters")
-            for target in settings[name] or ()
+            for target in settings.get(name) or ()
         ),
         base=json.dumps(base_model or "path/to/the/base/model"),
     )

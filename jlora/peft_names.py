@@ -41,6 +41,7 @@ class Place:
     kind: str  # "embedding", "kernel" (transposed there) or another name of a leaf
     # A weight that is no module of its own there (experts, a router): PEFT names the parameter.
     raw: bool = False
+    vera: bool = False  # what is called factors here are the vectors of VeRA
     inner: bool = False  # PEFT wraps the module again for the next of its parameters
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,6 +69,8 @@ class Place:
 
     def factor_names(self, module: str) -> tuple[str, str]:
         """What PEFT calls the two factors on a module."""
+        if self.vera:
+            return f"{module}.vera_lambda_d", f"{module}.vera_lambda_b"
         if self.kind == "embedding":
             return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
         module += ".base_layer" * self.inner

@@ -82,6 +82,40 @@ def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
     assert np.abs(got - logits_of(torch, reference)).max() > 1e-2
 
 
+@pytest.mark.slow
+def test_a_run_of_vera_resumes_to_the_bit_and_peft_loads_it(tmp_path, monkeypatch):
+    path = write_config(
+        tmp_path,
+        lora={"rank": 32, "variant": "vera"},
+        eval={"samples": 0},
+        train={"steps": 4},
+        optim={"learning_rate": 0.02},
+    )
+    assert cli.main(["train", str(path)]) == 0
+    assert cli.main(["train", str(path), "name=again"]) == 0
+    whole, again = (tmp_path / "runs" / name for name in ("tiny", "again"))
+    (again / "result.json").unlink()
+    for step in (again / "checkpoints").glob("[0-9]*"):
+        if int(step.name) > 2:
+            shutil.rmtree(step)
+    _, lora = saved.load_run(again, quiet)
+    assert lora.variant == "vera"
+    assert cli.main(["train", str(path), "name=again"]) == 0
+    first, second = (
+        safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
+        for run in (whole, again)
+    )
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    trained, _ = saved.load_run(whole, quiet)
+    model, params = models.load(tmp_path / "model")
+    torch, reference = torch_model(tmp_path / "base", model, params)
+    monkeypatch.setattr("test_peft.TOKENS", TOKENS)
+    before = logits_of(torch, reference)
+    got = logits_of(torch, load_in_peft(reference, whole / "adapter"))
+    np.testing.assert_allclose(got, logits(trained, trained.params), rtol=1e-4, atol=1e-4)
+    assert np.abs(got - before).max() > 1e-2
+
+
 def test_an_init_that_cannot_be_is_refused(tmp_path):
     def refused(match, **sections):
         with pytest.raises(ValueError, match=match):
