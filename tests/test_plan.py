@@ -19,6 +19,7 @@ data: {train: data.jsonl, length: 128}
 lora: {rank: 4, targets: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]}
 train: {steps: 10, batch_size: 8}
 """
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TINY = ("--topology", "v5e:2x4", "--shape", "tiny")
 TINY_GPUS = ("--gpus", "h100:8", "--shape", "tiny")
 PROJECTIONS = 2 * (4 * 64 * 64 - 2 * 64 * 32 + 3 * 64 * 128)  # of two layers
@@ -390,10 +391,21 @@ def test_a_model_is_found_by_its_name_or_its_config(tmp_path, monkeypatch):
     assert found(folder).config.num_layers == 3
 
 
-def test_every_config_that_is_shipped_for_a_pod_says_where_it_fits():
-    """The names are known without a download; the fits themselves are in docs/plan.md."""
+@pytest.mark.slow
+def test_the_shipped_run_of_70b_fits_64_chips(capsys, run_file):
+    pytest.importorskip("libtpu")
+    shipped = str(CONFIGS / "lora-70b-v5p-64.yaml")
+    code, out, err = planned(capsys, shipped, "--topology", "v5p:4x4x4")
+    assert code == 0, err
+    assert "Fits" in out
+    made = json.loads(out.splitlines()[-1])
+    assert 0 < made["peak_bytes"] < made["memory_bytes"]
+
+
+def test_batches_of_configs_shipped_for_many_devices_divide_over_them():
+    """Their models' shapes are known without a download."""
     for name, count in (("lora-70b-v5p-64", 64), ("qlora-8b-v5e-8", 8), ("lora-70b-gpus-8", 8)):
-        run = config.load(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+        run = config.load(CONFIGS / f"{name}.yaml")
         model = plan.read_model(run)
         assert model.config.num_layers in (32, 80)
         parts = count // (run.mesh.tensor * run.mesh.data)
