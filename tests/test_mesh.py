@@ -88,10 +88,12 @@ def test_twenty_steps_have_the_losses_of_one_device(tmp_path, quantize, remat):
         np.testing.assert_allclose(got, wanted, rtol=TOLERANCE, err_msg=str(sizes))
 
 
-@pytest.mark.parametrize(("quantize", "tensor"), [("null", 2), ("nf4", 4)])
-def test_dora_has_the_losses_of_one_device(tmp_path, quantize, tensor):
+@pytest.mark.parametrize(
+    ("variant", "quantize", "tensor"), [("dora", "null", 2), ("dora", "nf4", 4), ("vera", "nf4", 2)]
+)
+def test_variants_have_the_losses_of_one_device(tmp_path, variant, quantize, tensor):
     made, overrides = write_config(tmp_path)
-    overrides += [f"model.quantize={quantize}", "lora.variant=dora", "train.steps=3"]
+    overrides += [f"model.quantize={quantize}", f"lora.variant={variant}", "train.steps=3"]
     wanted = losses_of(made, [*overrides, "name=one"], steps=3)
     mesh = f"mesh={{fsdp: -1, tensor: {tensor}}}"
     got = losses_of(made, [*overrides, mesh, "name=mesh"], steps=3)
