@@ -164,7 +164,7 @@ def test_wrong_adapters_end_the_command_with_one_message(tmp_path, capsys):
             tensors | {"base_model.model.model.stranger.lora_A.weight": tensors[first]}, {}
         ),
         "has shape [2, 48], expected [4, 48]": (tensors | {first: tensors[first][:2]}, {}),
-        "peft_type is 'LOHA'; only 'LORA' and 'VERA' can be loaded": (tensors, {"peft_type": "LOHA"}),
+        "'LOHA'; only 'LORA' and 'VERA' can be loaded": (tensors, {"peft_type": "LOHA"}),
         "is broken or incomplete": (b"nonsense", {}),
         "a pickle: reading one can run any code": (None, {}),
     }  # fmt: skip
