@@ -1,6 +1,5 @@
 """DoRA: equal to its merged weights in every use, equal to the base at the start, never dense."""
 
-import collections
 import dataclasses
 import functools
 
@@ -11,7 +10,15 @@ import numpy as np
 import optax
 import pytest
 from laws import TRANSFORMATIONS, arrays_of_size, assert_close, grad_of, is_lora
-from test_laws import CONFIG, LAYERS, USES, weight_and_input
+from test_laws import CONFIG, LAYERS, USES
+from variant_laws import (
+    LOW_RANK_USES,
+    assert_adapted_equals_merged,
+    assert_nothing_of_the_weights_size_is_built,
+    assert_packed_equals_dense,
+    make,
+    policy,
+)
 
 import jlora
 from jlora.dora import DoraArray
@@ -37,38 +44,15 @@ def train(params, seed=3):
     return jax.tree.map(functools.partial(trained, seed=seed), params, is_leaf=is_lora)
 
 
-@functools.cache
-def make(use, d=8):
-    w, x = weight_and_input(use, d)
-    config = DORA if use != "convolution" else dataclasses.replace(DORA, rank=1)
-
-    def fn(params, x):
-        return USES[use][0](params["w"], x)
-
-    fresh = jlora.init(jax.random.key(2), {"w": w}, config, fn=fn, args=(x,))
-    return fn, {"w": w}, fresh, x, config
-
-
-def policy(use):
-    return "allow" if use == "nothing low-rank" else "error"
-
-
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("use", USES)
 def test_adapted_equals_merged(use, transformation):
-    if use == "in a shard_map" and transformation == "shard_map over data":
-        pytest.skip("JAX has no shard_map over another mesh inside one")
-    fn, _, fresh, x, config = make(use)
-    params = train(fresh)
-    run = TRANSFORMATIONS[transformation]
-    got = run(jlora.adapt(fn, on_unsupported=policy(use)), params, config, x)
-    wanted = run(lambda params, x: fn(jlora.merge_params(params), x), params, config, x)
-    assert_close(got, wanted, rtol=3e-5)
+    assert_adapted_equals_merged(DORA, use, transformation, train)
 
 
 @pytest.mark.parametrize("use", USES)
 def test_a_fresh_adapter_changes_no_bit(use):
-    fn, params, fresh, x, _ = make(use)
+    fn, params, fresh, x, _ = make(DORA, use)
     forward = jlora.adapt(fn, on_unsupported=policy(use))
     with jax.disable_jit():  # the length is the norm, so that the gain is 1
         np.testing.assert_array_equal(forward(fresh, x), fn(params, x))
@@ -76,22 +60,9 @@ def test_a_fresh_adapter_changes_no_bit(use):
     assert_close(jlora.merge_params(fresh), params, rtol=1e-6)
 
 
-@pytest.mark.parametrize("use", [use for use in USES if use != "nothing low-rank"])
+@pytest.mark.parametrize("use", LOW_RANK_USES)
 def test_nothing_of_the_weights_size_is_built(use):
-    fn, params, fresh, x, config = make(use, 128)
-    x = x[:2] if use != "convolution" else x[:1, :2]
-    forward = jlora.adapt(fn, on_unsupported="error")
-    w = params["w"]
-    stack = LAYERS if w.shape[0] == LAYERS and use != "convolution" else 1
-    size = w.size // stack // (2 if use == "in a shard_map" else 1)
-
-    def loss(x):
-        return jnp.sum(jnp.sin(fn(params, x)))
-
-    built = arrays_of_size(lambda x: grad_of(forward, fresh, config, x), x, size=size)
-    built = [name for name in built if name != "squeeze"]  # the same array, without axes of size 1
-    base = arrays_of_size(jax.grad(loss), x, size=size)
-    assert not list((collections.Counter(built) - collections.Counter(base)).elements())
+    assert_nothing_of_the_weights_size_is_built(DORA, use)
 
 
 def test_no_array_as_long_as_the_input_on_both_sides():
@@ -163,26 +134,9 @@ def test_every_role_has_its_place(roles):
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 def test_on_a_quantised_base_it_is_dora_on_what_that_stands_for(fmt):
-    w = jax.random.normal(jax.random.key(0), (LAYERS, 64, 48)) / 8
-    axes = {"w": ("stack", "in", "out")}
-    base = jlora.quantize({"w": w}, fmt, targets=("w",), axes=axes)
-    config = dataclasses.replace(DORA, axes=axes)
-    packed = train(jlora.init(jax.random.key(1), base, config))
-    dense = train(jlora.init(jax.random.key(1), jlora.dequantize(base), config))
-
-    def fn(params, x):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, params["w"])[0]
-
-    x = jax.random.normal(jax.random.key(2), (4, 64))
-    forward = jlora.adapt(fn, on_unsupported="error")
-    assert_close(forward(packed, x), forward(dense, x), rtol=1e-5)
-    got, wanted = (grad_of(forward, params, config, x) for params in (packed, dense))
-    assert_close(got, wanted, rtol=2e-5)
-    assert_close(jlora.merge_params(packed), jlora.merge_params(dense), rtol=1e-6)
-    again = jlora.merge_params(packed, requantize=True)["w"]
-    assert type(again) is type(base["w"])
-    assert jlora.summary(packed, config).trainable == LAYERS * (2 * (64 + 48) + 48)
-    assert "DoRA, rank 2" in str(jlora.summary(packed, config))
+    packed = assert_packed_equals_dense(DORA, fmt, train)
+    assert jlora.summary(packed, DORA).trainable == LAYERS * (2 * (64 + 48) + 48)
+    assert "DoRA, rank 2" in str(jlora.summary(packed, DORA))
 
 
 def test_the_length_trains_in_float32_under_its_own_label():

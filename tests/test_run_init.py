@@ -28,6 +28,22 @@ def quiet(text):
     pass
 
 
+def lose_the_end(run):
+    """The last checkpoints and the result are gone: the run goes on from the middle."""
+    (run / "result.json").unlink()
+    for step in (run / "checkpoints").glob("[0-9]*"):
+        if int(step.name) > 2:
+            shutil.rmtree(step)
+
+
+def assert_same_adapter(one, other):
+    first, second = (
+        safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
+        for run in (one, other)
+    )
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
@@ -37,11 +53,7 @@ def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
     assert cli.main(train) == 0
     assert cli.main([*train, "name=again"]) == 0
     whole, again = (tmp_path / "runs" / name for name in ("tiny", "again"))
-    # The last checkpoints and the result are gone: the run goes on from the middle.
-    (again / "result.json").unlink()
-    for step in (again / "checkpoints").glob("[0-9]*"):
-        if int(step.name) > 2:
-            shutil.rmtree(step)
+    lose_the_end(again)
     unfinished, own = saved.load_run(again, quiet)
     assert own.init == lora["init"]
     exported, plain = saved.load_run(again, quiet, plain=True)
@@ -49,11 +61,7 @@ def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
     if not quantised:
         assert_close(logits(exported, exported.params), logits(unfinished, unfinished.params), 1e-4)
     assert cli.main([*train, "name=again"]) == 0
-    first, second = (
-        safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
-        for run in (whole, again)
-    )
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert_same_adapter(whole, again)
 
     # What training saw: the function of the last step, whose loss is in the result.
     trained, _ = saved.load_run(whole, quiet)
@@ -94,18 +102,11 @@ def test_a_run_of_vera_resumes_to_the_bit_and_peft_loads_it(tmp_path, monkeypatc
     assert cli.main(["train", str(path)]) == 0
     assert cli.main(["train", str(path), "name=again"]) == 0
     whole, again = (tmp_path / "runs" / name for name in ("tiny", "again"))
-    (again / "result.json").unlink()
-    for step in (again / "checkpoints").glob("[0-9]*"):
-        if int(step.name) > 2:
-            shutil.rmtree(step)
+    lose_the_end(again)
     _, lora = saved.load_run(again, quiet)
     assert lora.variant == "vera"
     assert cli.main(["train", str(path), "name=again"]) == 0
-    first, second = (
-        safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
-        for run in (whole, again)
-    )
-    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert_same_adapter(whole, again)
     trained, _ = saved.load_run(whole, quiet)
     model, params = models.load(tmp_path / "model")
     torch, reference = torch_model(tmp_path / "base", model, params)

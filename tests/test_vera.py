@@ -1,6 +1,5 @@
 """VeRA: equal to its merged weights in every use, equal to the base at the start, never dense."""
 
-import collections
 import dataclasses
 import functools
 
@@ -11,8 +10,16 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from laws import TRANSFORMATIONS, arrays_of_size, assert_close, grad_of, is_lora
-from test_laws import CONFIG, LAYERS, USES, weight_and_input
+from laws import TRANSFORMATIONS, assert_close, grad_of, is_lora
+from test_laws import CONFIG, LAYERS, USES
+from variant_laws import (
+    LOW_RANK_USES,
+    assert_adapted_equals_merged,
+    assert_nothing_of_the_weights_size_is_built,
+    assert_packed_equals_dense,
+    make,
+    policy,
+)
 
 import jlora
 from jlora.vera import VeraArray
@@ -38,57 +45,24 @@ def train(params, seed=3):
     return jax.tree.map(functools.partial(trained, seed=seed), params, is_leaf=is_lora)
 
 
-@functools.cache
-def make(use, d=8):
-    w, x = weight_and_input(use, d)
-
-    def fn(params, x):
-        return USES[use][0](params["w"], x)
-
-    config = VERA if use != "convolution" else dataclasses.replace(VERA, rank=1)
-    fresh = jlora.init(jax.random.key(2), {"w": w}, config, fn=fn, args=(x,))
-    return fn, {"w": w}, fresh, x
-
-
-def policy(use):
-    return "allow" if use == "nothing low-rank" else "error"
-
-
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("use", USES)
 def test_adapted_equals_merged(use, transformation):
-    if use == "in a shard_map" and transformation == "shard_map over data":
-        pytest.skip("JAX has no shard_map over another mesh inside one")
-    fn, _, fresh, x = make(use)
-    params = train(fresh)
-    run = TRANSFORMATIONS[transformation]
-    got = run(jlora.adapt(fn, on_unsupported=policy(use)), params, VERA, x)
-    wanted = run(lambda params, x: fn(jlora.merge_params(params), x), params, VERA, x)
-    assert_close(got, wanted, rtol=3e-5)
+    assert_adapted_equals_merged(VERA, use, transformation, train)
 
 
 @pytest.mark.parametrize("use", USES)
 def test_a_fresh_adapter_changes_no_bit(use):
-    fn, params, fresh, x = make(use)
+    fn, params, fresh, x, _ = make(VERA, use)
     forward = jlora.adapt(fn, on_unsupported=policy(use))
     with jax.disable_jit():
         np.testing.assert_array_equal(forward(fresh, x), fn(params, x))
     chex.assert_trees_all_equal(jlora.merge_params(fresh), params)
 
 
-@pytest.mark.parametrize("use", [use for use in USES if use != "nothing low-rank"])
+@pytest.mark.parametrize("use", LOW_RANK_USES)
 def test_nothing_of_the_weights_size_is_built(use):
-    fn, params, fresh, x = make(use, 128)
-    x = x[:2] if use != "convolution" else x[:1, :2]
-    forward = jlora.adapt(fn, on_unsupported="error")
-    w = params["w"]
-    stack = LAYERS if w.shape[0] == LAYERS and use != "convolution" else 1
-    size = w.size // stack // (2 if use == "in a shard_map" else 1)
-    built = arrays_of_size(lambda x: grad_of(forward, fresh, VERA, x), x, size=size)
-    built = [name for name in built if name != "squeeze"]  # the same array, without axes of size 1
-    loss = lambda x: jnp.sum(jnp.sin(fn(params, x)))  # noqa: E731
-    base = arrays_of_size(jax.grad(loss), x, size=size)
-    assert not list((collections.Counter(built) - collections.Counter(base)).elements())
+    assert_nothing_of_the_weights_size_is_built(VERA, use)
 
 
 def test_it_is_the_papers_equation_in_float64():
@@ -159,24 +133,7 @@ def test_the_projections_are_not_stacked_and_do_not_train():
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 def test_on_a_quantised_base_it_is_vera_on_what_that_stands_for(fmt):
-    w = jax.random.normal(jax.random.key(0), (LAYERS, 64, 48)) / 8
-    axes = {"w": ("stack", "in", "out")}
-    base = jlora.quantize({"w": w}, fmt, targets=("w",), axes=axes)
-    config = dataclasses.replace(VERA, axes=axes)
-    packed = train(jlora.init(jax.random.key(1), base, config))
-    dense = train(jlora.init(jax.random.key(1), jlora.dequantize(base), config))
-
-    def fn(params, x):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, params["w"])[0]
-
-    x = jax.random.normal(jax.random.key(2), (4, 64))
-    forward = jlora.adapt(fn, on_unsupported="error")
-    assert_close(forward(packed, x), forward(dense, x), rtol=1e-5)
-    got, wanted = (grad_of(forward, params, config, x) for params in (packed, dense))
-    assert_close(got, wanted, rtol=2e-5)
-    assert_close(jlora.merge_params(packed), jlora.merge_params(dense), rtol=1e-6)
-    again = jlora.merge_params(packed, requantize=True)["w"]
-    assert type(again) is type(base["w"])
+    packed = assert_packed_equals_dense(VERA, fmt, train)
     row = jlora.merge_error(packed).rows[0]
     assert row.rounding < 1e-6
     assert row.update > 0
