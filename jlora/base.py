@@ -205,13 +205,10 @@ def adapt_base(
     adapted = jax.eval_shape(init, key, base.params)
     where = sharding.shardings(adapted, base.mesh, sharding.DECODER_RULES)
 
-    def is_trained(path: str) -> bool:
-        return any(tree.matches(pattern, path) for pattern in lora.train)
-
     def without_weight(path: str, leaf: Any) -> Any:
         if isinstance(leaf, jlora.LoraArray):
             return dataclasses.replace(leaf, w=hole(leaf.w))
-        return leaf if is_trained(path) else hole(leaf)
+        return leaf if lora.trains_whole(path) else hole(leaf)
 
     def hole(leaf: Any) -> Any:  # None in the places of a quantised leaf's arrays
         return jax.tree.map(lambda _: None, leaf)
@@ -219,7 +216,7 @@ def adapt_base(
     def without_adapter(path: str, leaf: Any, weight: Any) -> Any:
         if isinstance(leaf, jlora.LoraArray):
             return dataclasses.replace(leaf, w=weight, **dict.fromkeys(leaf.arrays))
-        return hole(weight) if is_trained(path) else weight
+        return hole(weight) if lora.trains_whole(path) else weight
 
     def added(params: Any) -> Any:
         return tree.map_with_path(without_weight, params, is_leaf=is_array_leaf)

@@ -307,9 +307,9 @@ def _on_all(read: Callable[[], Any]) -> Any:
     if all_agree(failure is None):
         return value
     failure = failure or OSError("another process cannot read its part")
-    if all_agree(not _may_pass(failure)):
+    if all_agree(not _may_pass(failure)) or _may_pass(failure):
         raise failure
-    raise CheckpointError(_reason(failure)) from failure
+    raise CheckpointError(str(failure)) from failure
 
 
 def _may_pass(error: Exception) -> bool:

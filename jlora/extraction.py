@@ -110,7 +110,7 @@ def extract(
 
     def fill(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, LoraArray):
-            if any(tree.matches(pattern, path) for pattern in config.train):
+            if config.trains_whole(path):
                 return after[path]
             if not same_values(leaf, after[path]):
                 left_out.append(path)

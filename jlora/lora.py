@@ -68,6 +68,10 @@ class LoraArray(ArrayLeaf):
     """
 
     kind: ClassVar[str] = "LoRA"
+    stacking: ClassVar[str] = (
+        "Stacked adapters need a weight stacked alike, or a jax.vmap or jax.lax.scan over their "
+        "leading axis, around jlora.adapt."
+    )
     any_rank: ClassVar[bool] = False  # whether the rank may be above the sides of the weight
     # Of each array beside the weight: its label, and the role of each of its axes.
     arrays: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -118,28 +122,31 @@ class LoraArray(ArrayLeaf):
     @property
     def roles(self) -> tuple[Axis, ...]:
         """`axes` as the arrays have them: a `vmap` or `scan` outside takes or adds leading ones."""
-        if self.a is None:
-            more = self.ndim - len(self.axes)
-        else:
-            more = self.a.ndim - 1 - sum(role != "out" for role in self.axes)
+        more = self.ndim - len(self.axes)
+        for name, array in self.present().items():
+            _, own = self.arrays[name]
+            if "stack" in own:
+                more = array.ndim - ("rank" in own) - sum(role in own for role in self.axes)
+                break
         stack: tuple[Axis, ...] = ("stack",) * more
         return (*stack, *self.axes[max(0, -more) :])
 
     def _check_shapes(self, path: str) -> None:
         roles = self.roles
-        stack, inputs, outputs = (
-            tuple(size for size, role in zip(self.shape, roles) if role == wanted)
-            for wanted in ("stack", "in", "out")
-        )
-        a, b = (*stack, *inputs, self.rank), (*stack, self.rank, *outputs)
+        sizes = {"rank": [self.rank], "stack": [], "in": [], "out": []}
+        for size, role in zip(self.shape, roles):
+            sizes[role].append(size)
         gone = self.axes[: max(0, len(self.axes) - len(roles))]
-        fits = len(roles) == self.ndim and (a, b) == (self.a.shape, self.b.shape)
+        fits = len(roles) == self.ndim and all(
+            list(array.shape) == [size for role in self.arrays[name][1] for size in sizes[role]]
+            for name, array in self.present().items()
+        )
         if not fits or set(gone) - {"stack"}:
+            arrays = (f"{name} {list(array.shape)}" for name, array in self.present().items())
             raise ValueError(
                 f"The arrays of {path or type(self).__name__!r} do not fit together: its weight is "
-                f"{list(self.shape)}, a {list(self.a.shape)} and b {list(self.b.shape)}, where its "
-                f"axes are {self.axes}. Stacked adapters need a weight stacked alike, or a "
-                "jax.vmap or jax.lax.scan over their leading axis, around jlora.adapt."
+                f"{list(self.shape)}, {' and '.join(arrays)}, where its axes are {self.axes}. "
+                f"{self.stacking}"
             )
 
     def name(self) -> str:
@@ -193,6 +200,13 @@ class LoraArray(ArrayLeaf):
         """The arrays beside the weight that are here: all, or those of one half of a split."""
         values = {name: getattr(self, name) for name in self.arrays}
         return {name: value for name, value in values.items() if value is not None}
+
+    def of_layers(self, index: Any) -> dict[str, Any]:
+        """`present`, the arrays of a stack cut to some of its layers by an index."""
+        return {
+            name: array[index] if "stack" in self.arrays[name][1] else array
+            for name, array in self.present().items()
+        }
 
     def num_trained(self) -> int:
         """How many parameters of the leaf train."""
@@ -419,7 +433,7 @@ def labels(params: Any, config: LoraConfig) -> Any:
             return leaf.labels()
         if isinstance(leaf, QuantArray):
             return jax.tree.map(lambda _: "frozen", leaf)
-        trains = any(tree.matches(pattern, path) for pattern in config.train)
+        trains = config.trains_whole(path)
         return jax.tree.map(lambda _: "full" if trains else "frozen", leaf)
 
     return tree.map_with_path(label, params, is_leaf=is_array_leaf)

@@ -116,6 +116,10 @@ class LoraConfig:
         alpha = first_match(self.alpha_pattern, path, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
+    def trains_whole(self, path: str) -> bool:
+        """Whether `train` names the leaf at `path`."""
+        return any(tree.matches(pattern, path) for pattern in self.train)
+
     def to_json(self) -> str:
         """A JSON object with every field; `from_json` reads it back."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -159,11 +159,7 @@ def _layers(leaf: LoraArray, original: Any) -> Iterator[tuple[LoraArray, Any]]:
             w = dataclasses.replace(w, axes=own, sizes=tuple(sizes))
         else:
             w = leaf.w[cut]
-        arrays = {
-            name: array[index] if "stack" in leaf.arrays[name][1] else array
-            for name, array in leaf.present().items()
-        }
-        layer = dataclasses.replace(leaf, w=w, axes=axes, **arrays)
+        layer = dataclasses.replace(leaf, w=w, axes=axes, **leaf.of_layers(index))
         yield layer, None if original is None else original[cut]
 
 

@@ -22,7 +22,15 @@ from jlora.dora import DoraArray
 from jlora.fingerprint import check_base, fingerprint
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, labels, leaves_by_path
-from jlora.peft_folder import CONFIG, WEIGHTS, listed, read_settings, read_tensors, write
+from jlora.peft_folder import (
+    CONFIG,
+    PROJECTIONS,
+    WEIGHTS,
+    listed,
+    read_settings,
+    read_tensors,
+    write,
+)
 from jlora.peft_names import (
     HEAD,
     Place,
@@ -38,12 +46,13 @@ from jlora.peft_read import (
     check_shape,
     dense,
     match,
+    plain_biases,
     read_adapter,
     read_config,
     read_copies,
     read_rows,
 )
-from jlora.peft_vera import PROJECTIONS, read_vera, vera_places, vera_settings, vera_tensors
+from jlora.peft_vera import read_vera, vera_places, vera_settings, vera_tensors
 from jlora.rows import RowsArray
 from jlora.vera import VeraArray
 
@@ -95,19 +104,16 @@ def save(
             "be another function. Convert it with jlora.variants.to_plain_lora, or merge it."
         )
     leaves = leaves_by_path(params)
-    adapters = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoraArray)}
+    adapters = _adapters(leaves)
     if not adapters:
         raise ValueError("There are no adapters in params; jlora.init puts them there.")
     for path, leaf in adapters.items():
-        if leaf.w is None or leaf.a is None or leaf.b is None:
+        if leaf.w is None or len(leaf.present()) < len(leaf.arrays):
             raise ValueError(
                 f"The adapter at {path!r} is one half of a split; "
                 "give the whole tree, jlora.combine(trainable, frozen)."
             )
-    places = nested(find_places(leaves), adapters)
-    tables = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, RowsArray)}
-    trained = _trained(params, config)
-    _check_expressible(adapters, [*trained, *tables], places)
+    places, tables, trained = _find(params, leaves, adapters, config)
     if serve:
         adapters, config = _for_serving(adapters, [*trained, *tables], config, places)
     vera = any(isinstance(leaf, VeraArray) for leaf in adapters.values())
@@ -160,16 +166,27 @@ def check(params: Any, config: LoraConfig) -> None:
       NotImplementedError: if PEFT has no way to say what a leaf does.
     """
     leaves = leaves_by_path(params)
-    adapters = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoraArray)}
-    tables = [path for path, leaf in leaves.items() if isinstance(leaf, RowsArray)]
+    _find(params, leaves, _adapters(leaves), config)
+
+
+def _adapters(leaves: Mapping[str, Any]) -> dict[str, LoraArray]:
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LoraArray)}
+
+
+def _find(
+    params: Any, leaves: Mapping[str, Any], adapters: Mapping[str, LoraArray], config: LoraConfig
+) -> tuple[dict[str, Place], dict[str, RowsArray], list[str]]:
+    """Where the leaves are in a model, tables whose rows train, and the paths of what trains whole.
+
+    Raises:
+      NotImplementedError: if PEFT has no way to say what one of them does.
+    """
     places = nested(find_places(leaves), adapters)
-    _check_expressible(adapters, [*_trained(params, config), *tables], places)
-
-
-def _trained(params: Any, config: LoraConfig) -> list[str]:
-    """The paths of what trains whole."""
+    tables = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, RowsArray)}
     names = leaves_by_path(labels(params, config))
-    return [path for path, name in names.items() if isinstance(name, str) and name == "full"]
+    trained = [path for path, name in names.items() if isinstance(name, str) and name == "full"]
+    _check_expressible(adapters, [*trained, *tables], places)
+    return places, tables, trained
 
 
 def load(
@@ -201,7 +218,7 @@ def load(
     settings = read_settings(folder / CONFIG)
     tensors, base = read_tensors(folder)
     if settings["bias"] != "none":
-        tensors = _plain_biases(tensors)
+        tensors = plain_biases(tensors)
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if isinstance(leaf, LoraArray | RowsArray):
@@ -244,22 +261,6 @@ def load(
     return params, dataclasses.replace(config, variant="vera") if vera else config
 
 
-def _plain_biases(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Biases by their names in the model: PEFT names those of its wrapped modules apart.
-
-    Of a module that is saved whole it writes the bias once more, and the one it had before.
-    """
-    tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
-    wrappers = (".modules_to_save.bias", ".original_module.bias")
-    again = {
-        name
-        for name in tensors
-        for end in wrappers
-        if name.endswith(end) and f"{name.removesuffix(end)}.bias" in tensors
-    }
-    return {name: x for name, x in tensors.items() if name not in again}
-
-
 def _for_serving(
     adapters: Mapping[str, LoraArray],
     trained: Sequence[str],
@@ -280,10 +281,10 @@ def _for_serving(
     rank = max(leaf.rank for leaf in adapters.values())
 
     def fold(path: str, leaf: LoraArray) -> LoraArray:
-        if isinstance(leaf, DoraArray):
-            raise NotImplementedError(f"vLLM takes no DoRA adapter, as {path!r} is one. {advice}")
-        if isinstance(leaf, VeraArray):
-            raise NotImplementedError(f"vLLM takes no VeRA adapter, as {path!r} is one. {advice}")
+        if type(leaf) is not LoraArray:
+            raise NotImplementedError(
+                f"vLLM takes no {leaf.kind} adapter, as {path!r} is one. {advice}"
+            )
         more = rank - leaf.rank
         axis = leaf.axes.count("stack")
         a = jnp.pad(leaf.a, [(0, 0)] * (leaf.a.ndim - 1) + [(0, more)])
@@ -312,6 +313,11 @@ def _check_expressible(
         stack = ("stack",) * (leaf.ndim - 2)
         fits = leaf.axes in ((*stack, "in", "out"), (*stack, "out", "in"))
         is_stack = leaf.ndim - 2 == place.stacked + (place.parameter not in ("weight", "bias"))
+        if isinstance(leaf, VeraArray) and (place.raw or place.kind != "kernel"):
+            raise NotImplementedError(
+                f"The adapter at {path!r} is one that PEFT's VeRA lacks, which is for linear "
+                "weights. Merge it with jlora.merge_params and save the whole model."
+            )
         if place.kind not in ("kernel", "embedding") or not fits or not is_stack:
             raise NotImplementedError(
                 f"The adapter at {path!r} has axes {leaf.axes}; PEFT knows one input and one "

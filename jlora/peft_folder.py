@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-__all__ = ["CONFIG", "WEIGHTS", "listed", "read_settings", "read_tensors", "write"]
+__all__ = ["CONFIG", "PROJECTIONS", "WEIGHTS", "listed", "read_settings", "read_tensors", "write"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -22,7 +22,7 @@ _PREFIX = "base_model.model."
 _BASE = "jlora_base"
 _DTYPES = ("F32", "BF16", "F16", "F64")
 
-_SHARED = "base_model.vera_A", "base_model.vera_B"  # which are in no module
+PROJECTIONS = "base_model.vera_A", "base_model.vera_B"  # of VeRA, which are in no module
 
 # Fields of adapter_config.json that are read, or that change nothing in how an adapter computes.
 _READ = {
@@ -177,10 +177,12 @@ def read_tensors(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str,
             f"{file}: tensors hold NaN or infinite elements: {listed(broken)}. The training that "
             "wrote them went wrong; take an adapter from before that."
         )
-    if strange := sorted({name for name in tensors if not name.startswith(_PREFIX)} - {*_SHARED}):
+    if strange := sorted(
+        {name for name in tensors if not name.startswith(_PREFIX)} - {*PROJECTIONS}
+    ):
         raise ValueError(
             f"{file}: tensor names of a PEFT adapter begin with {_PREFIX!r}; these do not: "
-            f"{listed(strange)}."
+            f"{listed(sorted(strange))}."
         )
     tensors = {name.removeprefix(_PREFIX): array for name, array in tensors.items()}
     return tensors, _read_base(file, recorded)
@@ -213,7 +215,7 @@ def write(
     `base` is the base model's fingerprint. A folder that was not there appears whole. In one that
     was, each file is replaced whole.
     """
-    prefixed = {_PREFIX * (name not in _SHARED) + name: x for name, x in tensors.items()}
+    prefixed = {_PREFIX * (name not in PROJECTIONS) + name: x for name, x in tensors.items()}
     metadata = {"format": "pt"} | ({_BASE: json.dumps(base)} if base else {})
     contents = {
         "README.md": _model_card(settings, base_license).encode(),

@@ -29,6 +29,7 @@ __all__ = [
     "check_shape",
     "dense",
     "match",
+    "plain_biases",
     "read_adapter",
     "read_config",
     "read_copies",
@@ -39,6 +40,22 @@ __all__ = [
 def dense(leaf: Any) -> Any:
     """The array that a leaf stands for."""
     return leaf.materialise() if is_array_leaf(leaf) else leaf
+
+
+def plain_biases(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Biases by their names in the model: PEFT names those of its wrapped modules apart.
+
+    Of a module that is saved whole it writes the bias once more, and the one it had before.
+    """
+    tensors = {name.replace(".base_layer.bias", ".bias"): x for name, x in tensors.items()}
+    wrappers = (".modules_to_save.bias", ".original_module.bias")
+    again = {
+        name
+        for name in tensors
+        for end in wrappers
+        if name.endswith(end) and f"{name.removesuffix(end)}.bias" in tensors
+    }
+    return {name: x for name, x in tensors.items() if name not in again}
 
 
 def match(

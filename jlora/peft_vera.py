@@ -8,15 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.lora import LoraArray, LoraConfig
-from jlora.peft_folder import WEIGHTS
+from jlora.lora import LoraConfig
+from jlora.peft_folder import PROJECTIONS, WEIGHTS
 from jlora.peft_names import Place
 from jlora.peft_read import check_shape
 from jlora.vera import VeraArray
 
-__all__ = ["PROJECTIONS", "read_vera", "vera_places", "vera_settings", "vera_tensors"]
-
-PROJECTIONS = "base_model.vera_A", "base_model.vera_B"
+__all__ = ["read_vera", "vera_places", "vera_settings", "vera_tensors"]
 
 
 def vera_places(places: Mapping[str, Place]) -> dict[str, Place]:
@@ -92,23 +90,17 @@ def read_vera(
 
 
 def vera_tensors(
-    adapters: Mapping[str, LoraArray], places: Mapping[str, Place]
+    adapters: Mapping[str, VeraArray], places: Mapping[str, Place]
 ) -> dict[str, np.ndarray]:
     """The tensors of adapters, the projections among them.
 
     Raises:
       ValueError: if adapters have projections that are no parts of one pair.
-      NotImplementedError: for a weight that PEFT's VeRA does not know.
     """
     tensors: dict[str, np.ndarray] = {}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in PROJECTIONS}
     for path, leaf in adapters.items():
         place = places[path]
-        if not isinstance(leaf, VeraArray) or place.raw or place.kind != "kernel":
-            raise NotImplementedError(
-                f"The adapter at {path!r} is one that PEFT's VeRA lacks, which is for linear "
-                "weights. Merge it with jlora.merge_params and save the whole model."
-            )
         a, b, d, g = (
             np.asarray(x.astype(jnp.float32))
             for x in (leaf.a, leaf.b, leaf.lambda_d, leaf.lambda_b)

@@ -34,6 +34,7 @@ __all__ = [
     "gather_rows",
     "name_axes",
     "product",
+    "result_axes",
 ]  # importing this module registers its rules
 
 _Leaf = TypeVar("_Leaf", bound=Factored)
@@ -130,10 +131,8 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
     if not leaf_dims[0]:
         return NotImplemented  # an outer product is as large as anything dense
     leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
-    batch = [leaf_axes[axis] for axis in leaf_dims[1]]
-    leaf_free = [axis for axis in leaf_axes if axis not in x_axes]
-    x_free = [axis for axis in x_axes if axis not in leaf_axes]
-    free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
+    sides = (leaf_axes, x_axes) if leaf is left else (x_axes, leaf_axes)
+    out_axes = result_axes(*sides, [leaf_axes[axis] for axis in leaf_dims[1]])
     base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
     x, leaf = drop_out(x, leaf, context)
     return base + product(
@@ -141,7 +140,7 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
         x_axes,
         leaf,
         leaf_axes,
-        [*batch, *free],
+        out_axes,
         equation.out,
         equation.params["precision"],
     )
@@ -157,6 +156,12 @@ def name_axes(
         for x_axis, leaf_axis in zip(x_group, leaf_group):
             x_axes[x_axis] = leaf_axes[leaf_axis]
     return leaf_axes, x_axes
+
+
+def result_axes(left: Sequence[Any], right: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
+    """The axes of a `dot_general`, by the names that `name_axes` gives those of its sides."""
+    left_free = [axis for axis in left if axis not in right]
+    return [*batch, *left_free, *(axis for axis in right if axis not in left)]
 
 
 def drop_out(x: jax.Array, leaf: _Leaf, context: Context) -> tuple[jax.Array, _Leaf]:

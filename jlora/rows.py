@@ -125,11 +125,7 @@ def choose_rows(
             raise tree.unmatched("rows", pattern, leaves)
         for path in matched:
             leaf = leaves[path]
-            if (
-                path in chosen
-                or path in adapted
-                or any(tree.matches(other, path) for other in config.train)
-            ):
+            if path in chosen or path in adapted or config.trains_whole(path):
                 raise ValueError(f"{path!r} is in rows, and in targets, train or rows again.")
             if is_array_leaf(leaf) or getattr(leaf, "ndim", 0) != 2:
                 raise ValueError(

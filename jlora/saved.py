@@ -216,12 +216,7 @@ def _some_layers(leaf: jlora.LoraArray, count: int) -> jlora.LoraArray:
         w = jax.tree.map(lambda x: x[chosen], leaf.w)
     else:
         w = jnp.take(leaf.w, chosen, axis=place)
-    stacked = {
-        name: array[chosen]
-        for name, array in leaf.present().items()
-        if "stack" in leaf.arrays[name][1]
-    }
-    return dataclasses.replace(leaf, w=w, **stacked)
+    return dataclasses.replace(leaf, w=w, **leaf.of_layers(chosen))
 
 
 def _has_packed(params: Any) -> bool:

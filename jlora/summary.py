@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 
-from jlora import tree
 from jlora.lora import LoraArray, LoraConfig, count_parameters, leaves_by_path
 from jlora.quant import QuantArray, format_of
 from jlora.rows import RowsArray
@@ -81,7 +80,7 @@ def summary(params: Any, config: LoraConfig) -> Summary:
         elif isinstance(leaf, RowsArray):
             how = f"{len(leaf.indices)} {'columns' if leaf.axis else 'rows'}"
             rows.append((path, leaf.shape, how, leaf.rows.size))
-        elif any(tree.matches(pattern, path) for pattern in config.train):
+        elif config.trains_whole(path):
             rows.append((path, tuple(leaf.shape), "whole", leaf.size))
     trainable, frozen = count_parameters(params, config)
     trainable_bytes, frozen_bytes = count_parameters(params, config, _stored_bytes)

@@ -93,5 +93,4 @@ def _widen(table: Any, more: int, axis: int) -> Any:
         )
     # Row by row a token. The scales of blocks stay apart, or those of old tokens would change.
     packed = pack_weight(new, table.axes, format_of(table), double_quantize=False)
-    join = lambda old, new: jnp.concatenate([old, new])  # noqa: E731
-    return jax.tree.map(join, table.divisible(), packed)
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), table.divisible(), packed)

@@ -21,7 +21,7 @@ from jlora.lora import LoraArray, variant
 from jlora.lora_config import Axis
 from jlora.lowrank import Factored, LowRank, spread_along
 from jlora.packed_products import PackedLowRank
-from jlora.products import drop_out, name_axes, product
+from jlora.products import drop_out, name_axes, product, result_axes
 
 __all__ = ["VeraArray"]
 
@@ -43,6 +43,10 @@ class VeraArray(LoraArray):
     """
 
     kind: ClassVar[str] = "VeRA"
+    stacking: ClassVar[str] = (
+        "The projections a and b are shared by the layers of a stack: map or scan over the vectors "
+        "and the weight alone, around jlora.adapt, and not over them."
+    )
     any_rank: ClassVar[bool] = True
     arrays: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
         "a": ("frozen", ("in", "rank")),
@@ -91,26 +95,12 @@ class VeraArray(LoraArray):
         static["scaling"] = 1.0
         return cls(w, a, b, **static, lambda_d=lambda_d, lambda_b=lambda_b)
 
-    @property
-    def roles(self) -> tuple[Axis, ...]:
-        """As of `LoraArray`, by the vectors, since the projections are not stacked."""
-        if self.lambda_b is None:
-            more = self.ndim - len(self.axes)
-        else:
-            more = self.lambda_b.ndim - sum(role != "in" for role in self.axes)
-        stack: tuple[Axis, ...] = ("stack",) * more
-        return (*stack, *self.axes[max(0, -more) :])
-
     def product_factors(self) -> tuple[Any, Any]:
         """`a` and `b` with their vectors, stacked as those of `LoraArray`."""
         depth = self.roles.count("stack")
         d, g = self.lambda_d, self.lambda_b
         a = jnp.expand_dims(d, tuple(range(depth, depth + self.a.ndim - 1))) * self.a
         return a, jnp.expand_dims(g, depth) * self.b
-
-    def enter(self, path: str) -> "Vera":
-        """The leaf as rules want it."""
-        return self.low_rank(path)
 
     def low_rank(self, path: str) -> Any:
         """The weight and its four factors, each spread over the weight's axes."""
@@ -131,28 +121,6 @@ class VeraArray(LoraArray):
             d=self.spread(self.lambda_d, "rank"),
             g=self.spread(self.lambda_b[..., None], "out"),
         )
-
-    def _check_shapes(self, path: str) -> None:
-        roles = self.roles
-        stack, inputs, outputs = (
-            tuple(size for size, role in zip(self.shape, roles) if role == wanted)
-            for wanted in ("stack", "in", "out")
-        )
-        wanted = {
-            "a": (*inputs, self.rank),
-            "b": (self.rank, *outputs),
-            "lambda_d": (*stack, self.rank),
-            "lambda_b": (*stack, *outputs),
-        }
-        got = {name: tuple(array.shape) for name, array in self.present().items()}
-        gone = self.axes[: max(0, len(self.axes) - len(roles))]
-        if len(roles) != self.ndim or got != wanted or set(gone) - {"stack"}:
-            raise ValueError(
-                f"The arrays of {path or type(self).__name__!r} do not fit together: its weight is "
-                f"{list(self.shape)} with axes {self.axes}, its arrays {got}. The projections a "
-                "and b are shared by the layers of a stack: map or scan over the vectors and the "
-                "weight alone, around jlora.adapt, and not over them."
-            )
 
 
 def _kaiming(key: jax.Array, shape: tuple[int, ...], fan: int, dtype: str) -> jax.Array:
@@ -214,10 +182,8 @@ def _dot_general(equation: Equation, left: Any, right: Any) -> Any:
         operands = (leaf.folded(), x) if leaf is left else (x, leaf.folded())
         return apply_rule(equation, operands)
     leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
-    leaf_free = [axis for axis in leaf_axes if axis not in x_axes]
-    x_free = [axis for axis in x_axes if axis not in leaf_axes]
-    free = [*leaf_free, *x_free] if leaf is left else [*x_free, *leaf_free]
-    out_axes = [*(leaf_axes[axis] for axis in batch), *free]
+    sides = (leaf_axes, x_axes) if leaf is left else (x_axes, leaf_axes)
+    out_axes = result_axes(*sides, [leaf_axes[axis] for axis in batch])
     base = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
     x, leaf = drop_out(x, leaf, equation.context)
     g_axes = [*leaf_axes, "one"]

@@ -94,6 +94,11 @@ def test_what_cannot_be_is_refused(tmp_path):
     table = dataclasses.replace(VERA, targets=("embed_tokens",))
     with pytest.raises(NotImplementedError, match="VeRA lacks, which is for linear"):
         peft.save(tmp_path / "x", adapted(table)[2], table)
+    with pytest.raises(NotImplementedError, match="VeRA lacks, which is for linear"):
+        peft.check(adapted(table)[2], table)
+    for half in jlora.split(params, VERA):
+        with pytest.raises(ValueError, match="one half of a split"):
+            peft.save(tmp_path / "x", half, VERA)
     other = jax.tree.map(
         lambda x: dataclasses.replace(x, a=x.a + 1) if x.shape[-1] == 40 else x,
         params,

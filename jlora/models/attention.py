@@ -57,17 +57,14 @@ def causal_attention(
         "cuda": functools.partial(_cudnn, options=options),
         "tpu": functools.partial(splash.attention, mesh=mesh, **options._asdict()),
     }
-    for platform in tuple(kernels):
-        reason = without_kernels(
-            platform, q, k, segment_ids=segment_ids, window=window, softcap=softcap, mesh=mesh
-        )
-        if reason is not None:
-            del kernels[platform]
-            if platform == jax.default_backend() == "tpu":
-                _say_once(f"Attention runs without the TPU's kernels: {reason}.")
-    if not kernels:
+    seen = {"segment_ids": segment_ids, "window": window, "softcap": softcap, "mesh": mesh}
+    reasons = {platform: without_kernels(platform, q, k, **seen) for platform in kernels}
+    if jax.default_backend() == "tpu" and reasons["tpu"] is not None:
+        _say_once(f"Attention runs without the TPU's kernels: {reasons['tpu']}.")
+    usable = {name: kernel for name, kernel in kernels.items() if reasons[name] is None}
+    if not usable:
         return xla(q, k, v, segment_ids)
-    return jax.lax.platform_dependent(q, k, v, segment_ids, **kernels, default=xla)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, **usable, default=xla)
 
 
 def without_kernels(
