@@ -122,12 +122,13 @@ class LoraArray(ArrayLeaf):
     @property
     def roles(self) -> tuple[Axis, ...]:
         """`axes` as the arrays have them: a `vmap` or `scan` outside takes or adds leading ones."""
-        more = self.ndim - len(self.axes)
         for name, array in self.present().items():
             _, own = self.arrays[name]
-            if "stack" in own:
+            if "stack" in own:  # read first: half of a tree has no weight to ask
                 more = array.ndim - ("rank" in own) - sum(role in own for role in self.axes)
                 break
+        else:
+            more = self.ndim - len(self.axes)
         stack: tuple[Axis, ...] = ("stack",) * more
         return (*stack, *self.axes[max(0, -more) :])
 
