@@ -342,8 +342,10 @@ def _enter_jit(params: dict[str, Any], arguments: Sequence[Any], context: Contex
 def _enter_checkpoint(
     params: dict[str, Any], arguments: Sequence[Any], context: Context
 ) -> Sequence[Any]:
+    inside = dataclasses.replace(context, shares=params["prevent_cse"] is False)
+
     def inner(operands: Sequence[Any]) -> list[Any]:
-        return _evaluate(params["jaxpr"], operands, context)
+        return _evaluate(params["jaxpr"], operands, inside)
 
     rematerialised = jax.checkpoint(
         inner, policy=params["policy"], prevent_cse=params["prevent_cse"]

@@ -152,6 +152,8 @@ class Context:
       on_unsupported: what to do where a leaf has no rule.
       key: for dropout, different in each iteration of a scan; None is no dropout.
       trips: how often the code under evaluation runs, as far as scans say.
+      shares: whether what a `jax.checkpoint` computes again may be merged with equal parts of the
+        gradient, as `prevent_cse=False` says.
       scope: the enclosing equations, which tell two runs of the same code apart.
       where: gives the line of the user's code that is under evaluation, as far as it is known.
       warned: what was already reported.
@@ -162,6 +164,7 @@ class Context:
     on_unsupported: OnUnsupported
     key: jax.Array | None
     trips: int = 1
+    shares: bool = False
     scope: tuple[int, ...] = ()
     where: Callable[[], str] = lambda: ""
     warned: set[Any] = dataclasses.field(default_factory=set)

@@ -3,7 +3,8 @@
 The derivative of a product is written out, so that the backward pass restores the weight from the
 packed arrays instead of keeping it. It restores with scales behind a barrier: the compiler would
 else take the two for one and keep the dense weight in between. The codes go without, or a loop over
-layers would copy each layer's.
+layers would copy each layer's. Where a `jax.checkpoint(prevent_cse=False)` computes the product
+again right before, which is how loops over layers have it, one dense weight serves both.
 
 Backward, a low-rank update that is as wide as the result of a large product rides along in that
 product: with the dense weight at hand, `a` is appended to it. Forward it does not: the product
@@ -42,7 +43,8 @@ def _product(equation: Equation, *operands: Any) -> Any:
         others = (x, *rest)
         return equation.bind(*others[:place], dense, *others[place:])
 
-    return _call(operands[place], multiply, multiply, x, *rest)
+    shares = equation.context.shares
+    return _call(operands[place], multiply, multiply, x, *rest, shares=shares)
 
 
 def _call(
@@ -51,6 +53,7 @@ def _call(
     along_x: Callable[..., jax.Array],
     x: jax.Array,
     *rest: Any,
+    shares: bool,
     along_rest: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """`multiply(dense, x, *rest)`, with its derivatives given.
@@ -61,6 +64,7 @@ def _call(
       along_x: `(dense, dx, *rest)` to the derivative along `x`.
       x: the input.
       rest: other operands.
+      shares: whether the backward pass may use the dense weight of what is computed again.
       along_rest: `(x, *rest, *tangents)` to the derivative along the rest, which does without
         `dense`.
     """
@@ -82,7 +86,8 @@ def _call(
         jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
     )
     def again(leaf: Packed, dx: jax.Array, rest: Sequence[Any]) -> jax.Array:
-        return along_x(leaf.dense(_apart(leaf.array)), dx, *rest)
+        array = leaf.array if shares else _apart(leaf.array)
+        return along_x(leaf.dense(array), dx, *rest)
 
     def jvp(primals: Any, tangents: Any) -> Any:
         (leaf, x, *rest), (_, dx, *of_rest) = primals, tangents  # a packed leaf has none
@@ -142,7 +147,8 @@ def _riding_along(equation: Equation, x: Any, leaf: Any) -> Any:
     def along_factors(x: jax.Array, a: jax.Array, b: jax.Array, da: Any, db: Any) -> jax.Array:
         return (scaling * ((x @ da) @ b + (x @ a) @ db)).astype(out_dtype)
 
-    return _call(leaf.w, multiply, along_x, x, a, b, along_rest=along_factors)
+    shares = equation.context.shares
+    return _call(leaf.w, multiply, along_x, x, a, b, shares=shares, along_rest=along_factors)
 
 
 def _is_plain(equation: Equation, x: Any, leaf: PackedLowRank) -> bool:

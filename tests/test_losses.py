@@ -32,6 +32,20 @@ def test_an_infinite_loss_outside_the_mask_does_not_spoil_the_sum():
     np.testing.assert_allclose(total, np.log(2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_infinite_state_outside_the_mask_does_not_spoil_the_chunks(getkey, frozen):
+    w = jax.random.normal(getkey(), (4, 13))
+    hidden = jax.random.normal(getkey(), (1, 6, 4)).at[0, 4].set(jnp.inf)
+    targets, mask = jnp.zeros((1, 6), jnp.int32), jnp.ones((1, 6)).at[0, 4].set(0)
+
+    def loss(hidden):
+        return losses.head_cross_entropy(
+            lambda h: h @ w, hidden, targets, mask, chunk_tokens=2, head_is_frozen=frozen
+        )[0]
+
+    assert jnp.isfinite(loss(hidden))
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 16, 1000])
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize(("frozen", "narrow"), [(False, False), (True, False), (True, True)])

@@ -77,6 +77,29 @@ def test_a_wide_update_of_the_input_gradient_is_no_array_of_its_own(getkey):
     assert narrow == []
 
 
+def test_a_checkpoint_that_allows_it_restores_a_weight_once(getkey):
+    """For what it computes again and for the gradient: no barrier keeps the two apart."""
+    params, config = adapted(getkey(), 64, 256)
+    trainable, frozen = jlora.split(params, config)
+
+    def gradient(**options):
+        def again(params, x):
+            return jax.checkpoint(model, **options)(params, x)
+
+        forward = jlora.adapt(again, on_unsupported="error")
+
+        def loss(trainable, x):
+            return jnp.sum(forward(jlora.combine(trainable, frozen), x) ** 2)
+
+        return jax.grad(loss, (0, 1))
+
+    x = jax.random.normal(getkey(), (3, 64))
+    merged, apart = gradient(prevent_cse=False), gradient()
+    assert "optimization_barrier" not in str(jax.make_jaxpr(merged)(trainable, x))
+    assert "optimization_barrier" in str(jax.make_jaxpr(apart)(trainable, x))
+    assert_close(merged(trainable, x), apart(trainable, x), 1e-6)  # the same sums, fused otherwise
+
+
 def test_a_scale_that_is_traced_keeps_its_gradient(getkey):
     packed = jlora.quantize({"w": jax.random.normal(getkey(), (64, 32))}, "nf4")
     x = jax.random.normal(getkey(), (5, 64))
