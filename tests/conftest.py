@@ -21,20 +21,23 @@ for _name, _value in topology.ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 
-@pytest.fixture(scope="module")
-def compiled_programs(tmp_path_factory):
-    """Keeps compiled programs: many rows of a table differ only in where a weight comes from."""
-    before = jax.config.jax_compilation_cache_dir
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_programs(tmp_path_factory):
+    """Keeps compiled programs on the disk, for all processes that these tests run in.
+
+    Many rows of a table differ only in where a weight comes from, small operations come again in
+    every file, and so do runs of equal shapes.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": str(folder / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
 
 
@@ -43,6 +46,7 @@ def _forget_programs():
     """Lets compiled programs go after each module: thousands of tests hold gigabytes of them."""
     yield
     jax.clear_caches()
+    jax.config.update("jax_enable_compilation_cache", True)  # planning and bench turn it off
 
 
 @pytest.fixture

@@ -23,8 +23,6 @@ from variant_laws import (
 import jlora
 from jlora.dora import DoraArray
 
-pytestmark = pytest.mark.usefixtures("compiled_programs")
-
 DORA = dataclasses.replace(CONFIG, variant="dora")
 
 

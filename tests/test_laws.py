@@ -20,8 +20,6 @@ from laws import TRANSFORMATIONS, arrays_of_size, assert_close, grad_of, is_lora
 
 import jlora
 
-pytestmark = pytest.mark.usefixtures("compiled_programs")
-
 D, LAYERS = 8, 3
 
 

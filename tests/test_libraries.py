@@ -153,7 +153,7 @@ LIBRARIES = [
 
 
 @pytest.fixture(params=LIBRARIES, ids=lambda make: make.__name__)
-def case(request, compiled_programs):
+def case(request):
     fn, params, targets = request.param(jax.random.key(0))
     config = jlora.LoraConfig(rank=2, alpha=1, targets=targets)
     fresh = jlora.init(jax.random.key(1), params, config, fn=fn, args=(X,))

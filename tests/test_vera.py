@@ -24,8 +24,6 @@ from variant_laws import (
 import jlora
 from jlora.vera import VeraArray
 
-pytestmark = pytest.mark.usefixtures("compiled_programs")
-
 VERA = dataclasses.replace(CONFIG, variant="vera", rank=3, rank_pattern=(), alpha_pattern=())
 
 
