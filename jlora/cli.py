@@ -122,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
                 "what merging costs, in float64 on the host; default 3, and 0 for none. A layer "
                 "of an 8B model takes about half a minute",
             )
+            sub.add_argument(
+                "--error-text",
+                metavar="TEXT",
+                help="say as well what merging changes in the logits of this text",
+            )
     _add_bench(commands)
     _add_plan(commands)
     return parser
@@ -408,7 +413,11 @@ def _merge(args: argparse.Namespace) -> None:
     loaded, _, into = saved.load_to_merge(
         args.run, _whisper, into=args.into, other_base=args.other_base
     )
-    errors = saved.merge_report(args.run, loaded.params, args.error_layers)
+    errors = saved.merge_report(args.run, loaded.params, args.error_layers) or ""
+    if args.error_text is not None:
+        errors += saved.logits_report(
+            args.run, loaded, args.error_text, _whisper, other_base=args.other_base
+        )
     merged = jlora.merge_params(loaded.params)
     models.save(args.output, loaded.model, merged, tokenizer_files=loaded.vocabulary.files)
     _say(f"Wrote the merged model to {args.output}.{into}")

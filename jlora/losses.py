@@ -59,8 +59,9 @@ def head_cross_entropy(
       targets: `Int[batch length]`.
       loss_mask: `Float[batch length]` or `Bool[batch length]`.
       chunk_tokens: tokens that go through `head` together.
-      head_is_frozen: promises that no gradient is asked for through what `head` closes over, and
-        no second derivative. The gradient of `hidden` is then taken on the way forward.
+      head_is_frozen: promises that no gradient is asked for through what `head` closes over or of
+        `loss_mask`, and no second derivative. The gradient of `hidden` is then taken on the way
+        forward.
       narrow_head: `head` with logits in the dtype of `hidden`. The gradient of a frozen head then
         goes back through this one, rounded to that dtype: float32 logits would make its product,
         and a copy of the head, float32.

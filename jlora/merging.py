@@ -17,7 +17,7 @@ from jlora.lora import LoraArray, leaves_by_path, merge_params
 from jlora.quant import QuantArray, dequantize
 from jlora.tree import map_with_path
 
-__all__ = ["LogitError", "MergeError", "WeightError", "merge_error"]
+__all__ = ["LogitError", "MergeError", "WeightError", "logit_errors", "merge_error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,11 @@ class MergeError:
         head = ("weight", "update", "rounding", "worst", "erased", "noise", "shift")
         names = [field.name for field in dataclasses.fields(WeightError)[1:]]
         cells = [(row.path, *(_shown(getattr(row, name)) for name in names)) for row in self.rows]
-        lines = _table([head, *cells])
+        lines = _table([head, *cells]) if self.rows else []
         if self.logits:
             head = ("logits after merging", "largest", "mean", "divergence")
             rows = [(x.way, *map(_shown, (x.largest, x.mean, x.divergence))) for x in self.logits]
-            lines += ["", *_table([head, *rows])]
+            lines += [*[""][: len(lines)], *_table([head, *rows])]
         return "\n".join(lines)
 
 
@@ -142,7 +142,7 @@ def merge_error(
     )
     if fn is None:
         return MergeError(rows)
-    return MergeError(rows, tuple(_logit_errors(params, originals, fn, args)))
+    return MergeError(rows, tuple(logit_errors(params, originals, fn, args)))
 
 
 def _layers(leaf: LoraArray, original: Any) -> Iterator[tuple[LoraArray, Any]]:
@@ -229,9 +229,17 @@ def _update(layer: LoraArray) -> np.ndarray:
     return layer.scaling * product.transpose(np.argsort(order))
 
 
-def _logit_errors(
+def logit_errors(
     params: Any, originals: Any, fn: Callable[..., Any], args: Sequence[Any]
 ) -> Iterator[LogitError]:
+    """What each way of merging changes in the logits: that part of `merge_error`.
+
+    Args:
+      params: as there.
+      originals: its `base`, as a dictionary by path, or None.
+      fn: as there.
+      args: as there.
+    """
     forward = adapt(fn, on_unsupported="allow")
 
     def logits(tree: Any) -> np.ndarray:

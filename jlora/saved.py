@@ -17,13 +17,13 @@ from jlora import checkpoint, config, peft, train
 from jlora.base import Base, load_base, load_vocabulary
 from jlora.fingerprint import check_base, rows_of
 from jlora.fresh import adapt_run, lora_config, read_originals
-from jlora.merging import MergeError
+from jlora.merging import MergeError, logit_errors
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
 from jlora.run import make_optimizer, save_adapter
 from jlora.targets import leaves_by_path
 
-__all__ = ["export", "is_run", "load_run", "load_to_merge", "merge_report"]
+__all__ = ["export", "is_run", "load_run", "load_to_merge", "logits_report", "merge_report"]
 
 Say = Callable[[str], None]
 
@@ -201,6 +201,37 @@ def merge_report(folder: str | os.PathLike[str], params: Any, layers: int) -> st
     return (
         f"\nWhat merging costs, on {layers} layers at most:\n{MergeError(tuple(rows))}\n{_LEGEND}"
     )
+
+
+def logits_report(
+    folder: str | os.PathLike[str], loaded: Base, text: str, say: Say, *, other_base: bool = False
+) -> str:
+    """Says what merging changes in the logits of a text, beside the model that training saw.
+
+    Args:
+      folder: of the run.
+      loaded: from `load_to_merge`.
+      text: the sample; special tokens only where it spells them.
+      say: as in `load_run`.
+      other_base: likewise.
+    """
+    tokens = loaded.tokenizer.encode(text)
+    if not tokens:
+        raise ValueError("--error-text needs a text of at least one token.")
+    trained, originals = loaded.params, None
+    fmt = config.load(Path(folder) / "config.yaml").model.quantize
+    if fmt and not _has_packed(trained):
+        originals = {
+            path: leaf.w if isinstance(leaf, jlora.LoraArray) else leaf
+            for path, leaf in leaves_by_path(trained).items()
+        }
+        trained = load_run(folder, say, other_base=other_base)[0].params
+
+    def forward(params: Any, tokens: jax.Array) -> Any:
+        return loaded.model.apply({"params": params}, tokens)
+
+    errors = logit_errors(trained, originals, forward, (jnp.asarray([tokens]),))
+    return f"\nIn the logits of {len(tokens)} tokens:\n{MergeError((), tuple(errors))}"
 
 
 def _some_layers(leaf: jlora.LoraArray, count: int) -> jlora.LoraArray:

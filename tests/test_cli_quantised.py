@@ -144,6 +144,21 @@ def test_merging_prints_what_it_costs_for_each_weight(made, tmp_path, capsys, in
             assert number == (None if value is None else pytest.approx(value, rel=0.01)), column
         assert (got[name]["shift"] is None) == (into == "dequantized")
         assert got[name]["worst"] >= got[name]["rounding"] > 0
+    text = "def f(x): return x"
+    assert cli.main([*command, str(tmp_path / "text"), "--error-text", text]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = lines[next(i for i, line in enumerate(lines) if line.startswith("logits after")) + 2 :]
+    base, _ = saved.load_run(run, lambda text: None)
+
+    def forward(params, tokens):
+        return base.model.apply({"params": params}, tokens)
+
+    sample = jnp.asarray([base.tokenizer.encode(text)])
+    wanted = jlora.merge_error(trained, base=original, fn=forward, args=(sample,)).logits
+    assert [line.split()[0] for line in shown] == [row.way for row in wanted]
+    for line, row in zip(shown, wanted):
+        # Differences of nearly equal logits; where merging is exact they are rounding alone.
+        assert float(line.split()[1]) == pytest.approx(row.largest, rel=0.02, abs=1e-5)
     assert cli.main([*command, str(tmp_path / "quiet"), "--error-layers", "0"]) == 0
     assert "erased" not in capsys.readouterr().out
 
