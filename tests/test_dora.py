@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from laws import arrays_of_size, assert_close, grad_of, is_lora
+from laws import TRANSFORMATIONS, arrays_of_size, assert_close, grad_of, is_lora
 from test_laws import CONFIG, LAYERS, USES
 from variant_laws import (
     LOW_RANK_USES,
-    OF_VARIANTS,
     assert_adapted_equals_merged,
     assert_nothing_of_the_weights_size_is_built,
     assert_packed_equals_dense,
@@ -43,7 +42,7 @@ def train(params, seed=3):
     return jax.tree.map(functools.partial(trained, seed=seed), params, is_leaf=is_lora)
 
 
-@pytest.mark.parametrize("transformation", OF_VARIANTS)
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("use", USES)
 def test_adapted_equals_merged(use, transformation):
     assert_adapted_equals_merged(DORA, use, transformation, train)

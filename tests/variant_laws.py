@@ -29,14 +29,6 @@ def make(config, use, d=8):
     return fn, {"w": w}, fresh, x, config
 
 
-# The transformations that meet a leaf's own arrays and rules; the others differ in what is outside,
-# and test_laws.py has them all.
-OF_VARIANTS = (
-    "jit", "jit of grad", "grad of checkpoint", "jvp", "vmap over data", "vmap over adapters",
-    "scan over data", "shard_map over data",
-)  # fmt: skip
-
-
 def policy(use):
     return "allow" if use == "nothing low-rank" else "error"
 
