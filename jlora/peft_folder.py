@@ -182,7 +182,7 @@ def read_tensors(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str,
     ):
         raise ValueError(
             f"{file}: tensor names of a PEFT adapter begin with {_PREFIX!r}; these do not: "
-            f"{listed(sorted(strange))}."
+            f"{listed(strange)}."
         )
     tensors = {name.removeprefix(_PREFIX): array for name, array in tensors.items()}
     return tensors, _read_base(file, recorded)

@@ -9,16 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import variant_laws
 from laws import TRANSFORMATIONS, arrays_of_size, assert_close, grad_of, is_lora
 from test_laws import CONFIG, LAYERS, USES
-from variant_laws import (
-    LOW_RANK_USES,
-    assert_adapted_equals_merged,
-    assert_nothing_of_the_weights_size_is_built,
-    assert_packed_equals_dense,
-    make,
-    policy,
-)
 
 import jlora
 from jlora.dora import DoraArray
@@ -45,22 +38,22 @@ def train(params, seed=3):
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("use", USES)
 def test_adapted_equals_merged(use, transformation):
-    assert_adapted_equals_merged(DORA, use, transformation, train)
+    variant_laws.assert_adapted_equals_merged(DORA, use, transformation, train)
 
 
 @pytest.mark.parametrize("use", USES)
 def test_a_fresh_adapter_changes_no_bit(use):
-    fn, params, fresh, x, _ = make(DORA, use)
-    forward = jlora.adapt(fn, on_unsupported=policy(use))
+    fn, params, fresh, x, _ = variant_laws.make(DORA, use)
+    forward = jlora.adapt(fn, on_unsupported=variant_laws.policy(use))
     with jax.disable_jit():  # the length is the norm, so that the gain is 1
         np.testing.assert_array_equal(forward(fresh, x), fn(params, x))
     assert_close(forward(fresh, x), fn(params, x), rtol=2e-6)
     assert_close(jlora.merge_params(fresh), params, rtol=1e-6)
 
 
-@pytest.mark.parametrize("use", LOW_RANK_USES)
+@pytest.mark.parametrize("use", variant_laws.LOW_RANK_USES)
 def test_nothing_of_the_weights_size_is_built(use):
-    assert_nothing_of_the_weights_size_is_built(DORA, use)
+    variant_laws.assert_nothing_of_the_weights_size_is_built(DORA, use)
 
 
 def test_no_array_as_long_as_the_input_on_both_sides():
@@ -132,7 +125,7 @@ def test_every_role_has_its_place(roles):
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 def test_on_a_quantised_base_it_is_dora_on_what_that_stands_for(fmt):
-    packed = assert_packed_equals_dense(DORA, fmt, train)
+    packed = variant_laws.assert_packed_equals_dense(DORA, fmt, train)
     assert jlora.summary(packed, DORA).trainable == LAYERS * (2 * (64 + 48) + 48)
     assert "DoRA, rank 2" in str(jlora.summary(packed, DORA))
 

@@ -9,17 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import variant_laws
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from laws import TRANSFORMATIONS, assert_close, grad_of, is_lora
 from test_laws import CONFIG, LAYERS, USES
-from variant_laws import (
-    LOW_RANK_USES,
-    assert_adapted_equals_merged,
-    assert_nothing_of_the_weights_size_is_built,
-    assert_packed_equals_dense,
-    make,
-    policy,
-)
 
 import jlora
 from jlora.vera import VeraArray
@@ -46,21 +39,21 @@ def train(params, seed=3):
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("use", USES)
 def test_adapted_equals_merged(use, transformation):
-    assert_adapted_equals_merged(VERA, use, transformation, train)
+    variant_laws.assert_adapted_equals_merged(VERA, use, transformation, train)
 
 
 @pytest.mark.parametrize("use", USES)
 def test_a_fresh_adapter_changes_no_bit(use):
-    fn, params, fresh, x, _ = make(VERA, use)
-    forward = jlora.adapt(fn, on_unsupported=policy(use))
+    fn, params, fresh, x, _ = variant_laws.make(VERA, use)
+    forward = jlora.adapt(fn, on_unsupported=variant_laws.policy(use))
     with jax.disable_jit():
         np.testing.assert_array_equal(forward(fresh, x), fn(params, x))
     chex.assert_trees_all_equal(jlora.merge_params(fresh), params)
 
 
-@pytest.mark.parametrize("use", LOW_RANK_USES)
+@pytest.mark.parametrize("use", variant_laws.LOW_RANK_USES)
 def test_nothing_of_the_weights_size_is_built(use):
-    assert_nothing_of_the_weights_size_is_built(VERA, use)
+    variant_laws.assert_nothing_of_the_weights_size_is_built(VERA, use)
 
 
 def test_it_is_the_papers_equation_in_float64():
@@ -131,7 +124,7 @@ def test_the_projections_are_not_stacked_and_do_not_train():
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8"])
 def test_on_a_quantised_base_it_is_vera_on_what_that_stands_for(fmt):
-    packed = assert_packed_equals_dense(VERA, fmt, train)
+    packed = variant_laws.assert_packed_equals_dense(VERA, fmt, train)
     row = jlora.merge_error(packed).rows[0]
     assert row.rounding < 1e-6
     assert row.update > 0
