@@ -410,14 +410,14 @@ def _merge(args: argparse.Namespace) -> None:
 
     _set_up_process()
     _refuse_occupied(args.output)
+    if args.error_text == "":
+        raise ValueError("--error-text needs a text of at least one token.")
     loaded, _, into = saved.load_to_merge(
         args.run, _whisper, into=args.into, other_base=args.other_base
     )
     errors = saved.merge_report(args.run, loaded.params, args.error_layers) or ""
     if args.error_text is not None:
-        errors += saved.logits_report(
-            args.run, loaded, args.error_text, _whisper, other_base=args.other_base
-        )
+        errors += saved.logits_report(args.run, loaded, args.error_text, other_base=args.other_base)
     merged = jlora.merge_params(loaded.params)
     models.save(args.output, loaded.model, merged, tokenizer_files=loaded.vocabulary.files)
     _say(f"Wrote the merged model to {args.output}.{into}")

@@ -82,12 +82,12 @@ class MergeError:
         head = ("weight", "update", "rounding", "worst", "erased", "noise", "shift")
         names = [field.name for field in dataclasses.fields(WeightError)[1:]]
         cells = [(row.path, *(_shown(getattr(row, name)) for name in names)) for row in self.rows]
-        lines = _table([head, *cells]) if self.rows else []
+        tables = [_table([head, *cells])] if self.rows else []
         if self.logits:
             head = ("logits after merging", "largest", "mean", "divergence")
             rows = [(x.way, *map(_shown, (x.largest, x.mean, x.divergence))) for x in self.logits]
-            lines += [*[""][: len(lines)], *_table([head, *rows])]
-        return "\n".join(lines)
+            tables.append(_table([head, *rows]))
+        return "\n\n".join("\n".join(table) for table in tables)
 
 
 def _shown(value: float | None) -> str:
@@ -142,7 +142,8 @@ def merge_error(
     )
     if fn is None:
         return MergeError(rows)
-    return MergeError(rows, tuple(logit_errors(params, originals, fn, args)))
+    original = None if base is None else functools.partial(_on_original, params, originals)
+    return MergeError(rows, tuple(logit_errors(params, original, fn, args)))
 
 
 def _layers(leaf: LoraArray, original: Any) -> Iterator[tuple[LoraArray, Any]]:
@@ -230,13 +231,16 @@ def _update(layer: LoraArray) -> np.ndarray:
 
 
 def logit_errors(
-    params: Any, originals: Any, fn: Callable[..., Any], args: Sequence[Any]
+    params: Any,
+    on_original: Callable[[], Any] | None,
+    fn: Callable[..., Any],
+    args: Sequence[Any],
 ) -> Iterator[LogitError]:
     """What each way of merging changes in the logits: that part of `merge_error`.
 
     Args:
       params: as there.
-      originals: its `base`, as a dictionary by path, or None.
+      on_original: gives a tree of adapters over the original weights, or None for no such way.
       fn: as there.
       args: as there.
     """
@@ -252,8 +256,8 @@ def logit_errors(
     ways: dict[str, Callable[[], Any]] = {
         "dequantised" if quantised else "merged": lambda: merge_params(params)
     }
-    if originals is not None:
-        ways["original"] = lambda: merge_params(_on_original(params, originals))
+    if on_original is not None:
+        ways["original"] = lambda: merge_params(on_original())
     if quantised:
         ways["requantised"] = lambda: merge_params(params, requantize=True)
     for way, merged in ways.items():

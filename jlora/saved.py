@@ -204,33 +204,26 @@ def merge_report(folder: str | os.PathLike[str], params: Any, layers: int) -> st
 
 
 def logits_report(
-    folder: str | os.PathLike[str], loaded: Base, text: str, say: Say, *, other_base: bool = False
+    folder: str | os.PathLike[str], loaded: Base, text: str, *, other_base: bool = False
 ) -> str:
     """Says what merging changes in the logits of a text, beside the model that training saw.
 
     Args:
       folder: of the run.
       loaded: from `load_to_merge`.
-      text: the sample; special tokens only where it spells them.
-      say: as in `load_run`.
-      other_base: likewise.
+      text: the sample, not empty; special tokens only where it spells them.
+      other_base: as in `load_run`.
     """
     tokens = loaded.tokenizer.encode(text)
-    if not tokens:
-        raise ValueError("--error-text needs a text of at least one token.")
-    trained, originals = loaded.params, None
-    fmt = config.load(Path(folder) / "config.yaml").model.quantize
-    if fmt and not _has_packed(trained):
-        originals = {
-            path: leaf.w if isinstance(leaf, jlora.LoraArray) else leaf
-            for path, leaf in leaves_by_path(trained).items()
-        }
-        trained = load_run(folder, say, other_base=other_base)[0].params
+    trained, on_original = loaded.params, None
+    if config.load(Path(folder) / "config.yaml").model.quantize and not _has_packed(trained):
+        trained = load_run(folder, lambda text: None, other_base=other_base)[0].params
+        on_original = lambda: loaded.params  # noqa: E731
 
     def forward(params: Any, tokens: jax.Array) -> Any:
         return loaded.model.apply({"params": params}, tokens)
 
-    errors = logit_errors(trained, originals, forward, (jnp.asarray([tokens]),))
+    errors = logit_errors(trained, on_original, forward, (jnp.asarray([tokens]),))
     return f"\nIn the logits of {len(tokens)} tokens:\n{MergeError((), tuple(errors))}"
 
 

@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -20,8 +21,8 @@ CASES = {
 }
 
 
-def logits(base, params):
-    return jlora.adapt(lambda p: base.model.apply({"params": p}, TOKENS))(params)
+def logits(base, params, tokens=TOKENS):
+    return jlora.adapt(lambda p: base.model.apply({"params": p}, tokens))(params)
 
 
 def quiet(text):
@@ -75,6 +76,21 @@ def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
     model, params = models.load(out)
     merged = model.apply({"params": params}, TOKENS)
     assert_close(merged, logits(trained, trained.params), 1e-4)
+
+    if quantised:  # the row of the original weights is about the model that is written
+        written = tmp_path / "original"
+        capsys.readouterr()
+        options = ["--error-layers", "0", "--error-text", "def f(x): return x"]
+        assert cli.main(["merge", str(whole), "-o", str(written), *options]) == 0
+        row = next(
+            line.split()
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith("original ")
+        )
+        tokens = jnp.asarray([trained.tokenizer.encode("def f(x): return x")])
+        model, params = models.load(written)
+        change = model.apply({"params": params}, tokens) - logits(trained, trained.params, tokens)
+        assert float(row[1]) == pytest.approx(float(jnp.abs(change).max()), rel=0.01)
 
     # And PEFT on the original base, from the run and from an export.
     assert cli.main(["export", str(whole), "-o", str(tmp_path / "exported")]) == 0
