@@ -17,7 +17,7 @@ import jlora
 from jlora import chat, models, sharding, tokens, tree
 from jlora.leaf import is_array_leaf
 from jlora.models import decoder
-from jlora.quant import Format
+from jlora.models.weights import Formats
 
 __all__ = [
     "Base",
@@ -133,7 +133,7 @@ def load_base(
     dtype: str = "auto",
     remat: str = "none",
     unroll: int = 1,
-    quantize: Format | None = None,
+    quantize: Formats = None,
     cache: bool = False,
     weights: bool = True,
     vocabulary: Vocabulary | None = None,

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import hardware, objective, optim, shapes, train, tree
+from jlora import hardware, objective, optim, quant, shapes, train, tree
 from jlora.leaf import is_array_leaf
-from jlora.models import decoder
+from jlora.models import decoder, weights
 
 __all__ = [
     "BASES",
@@ -52,6 +52,8 @@ class Settings:
     Attributes:
       shape: a name in `shapes.NAMES`, or the path of a config.json.
       base: the format of the frozen weights, one of `BASES`; quantised ones compute in bfloat16.
+      embeddings: a quantised format of the embedding and an untied head; None for the dtype that
+        is computed in.
       remat: as in `DecoderConfig`.
       unroll: likewise.
       batch: rows of a micro-batch.
@@ -69,6 +71,7 @@ class Settings:
 
     shape: str = "1b"
     base: str = "bfloat16"
+    embeddings: str | None = None
     remat: str = "none"
     unroll: int = 1
     batch: int = 4
@@ -86,6 +89,10 @@ class Settings:
     def __post_init__(self):
         if self.base not in BASES:
             raise ValueError(f"base must be one of {list(BASES)}, got {self.base!r}.")
+        if self.embeddings is not None and self.embeddings not in quant.FORMATS:
+            raise ValueError(
+                f"embeddings must be one of {list(quant.FORMATS)}, got {self.embeddings!r}."
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 1:
@@ -166,7 +173,7 @@ def _prepare(
     model: decoder.Decoder, settings: Settings, lora: jlora.LoraConfig
 ) -> tuple[train.TrainState, Any, Any]:
     """The state, the frozen tree and the step."""
-    params = random_params(model, settings.base)
+    params = random_params(model, settings.base, settings.embeddings)
 
     def apply(params: Any, tokens: jax.Array) -> Any:
         return model.apply({"params": params}, tokens)
@@ -222,32 +229,24 @@ def _run(
 # Weights
 
 
-def random_params(model: decoder.Decoder, base: str) -> Any:
+def random_params(model: decoder.Decoder, base: str, embeddings: str | None = None) -> Any:
     """Norms are one and other numbers uniform with a standard deviation of 0.02.
 
     A quantised weight gets random codes; its scales are those of a small matrix of such numbers.
     """
-    dtype = model.config.dtype
-    shapes = decoder.param_shapes(model.config)
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    sample: list[jax.Array] = []
-    if base not in ("bfloat16", "float32"):
-        from jlora import quant
+    formats: Any = {"layers": base if base in quant.FORMATS else None, "embeddings": embeddings}
 
-        matrix = 0.02 * jax.random.normal(jax.random.key(0), (512, 512), jnp.dtype(dtype))
-        sample = jax.tree.leaves(quant.quantize({"w": matrix}, base))  # pyright: ignore[reportArgumentType]
-        axes = ("stack", "in", "out")
-        params = quant.quantize(
-            params,
-            base,  # pyright: ignore[reportArgumentType]
-            targets=_PROJECTIONS,
-            axes={f"layers/*/{name}/kernel": axes for name in _PROJECTIONS},
-        )
+    def plan(path: str, leaf: Any) -> Any:
+        return weights.plan(path, leaf.shape, model.config.dtype, formats)
+
+    params = tree.map_with_path(plan, decoder.param_shapes(model.config))
+    matrix = 0.02 * jax.random.normal(jax.random.key(0), (512, 512), jnp.dtype(model.config.dtype))
     seeds = iter(range(1, 1 << 20))
 
     def fill(path: str, leaf: Any) -> Any:
         if not is_array_leaf(leaf):
             return _filled(leaf, next(seeds), (1.0, 0.0) if path.endswith("scale") else (0.0, 0.02))
+        sample = jax.tree.leaves(quant.quantize({"w": matrix}, quant.format_of(leaf)))
         parts, treedef = jax.tree.flatten(leaf)
         filled = [
             _filled(part, next(seeds), _typical(like))
@@ -376,8 +375,10 @@ def table(result: dict[str, Any]) -> str:
         "tracing",
         "loss": f"{result['first_loss']} -> {result['last_loss']}",
     }
+    embeddings = f" (embeddings {result['embeddings']})" if result["embeddings"] else ""
     head = (
-        f"{result['shape']} {result['base']}, remat {result['remat']}, unroll {result['unroll']}, "
+        f"{result['shape']} {result['base']}{embeddings}, remat {result['remat']}, "
+        f"unroll {result['unroll']}, "
         f"{result['accumulation']} x {result['batch']} x {result['length']} tokens, "
         f"{result['segments']} segment(s) a row, {result['variant']} of rank {result['rank']}\n"
         f"{result['device']} ({result['backend']}), jax {result['jax']}"

@@ -206,6 +206,7 @@ def _add_bench(commands: Any) -> None:
     for name, kind, described in (
         ("shape", str, "tiny, 1b, 8b, 65b, 70b or the path of a config.json; default 1b"),
         ("base", str, "bfloat16 (default), float32, nf4, int8 or float8"),
+        ("embeddings", str, "nf4, int8 or float8 for embedding and head; default as computed"),
         ("remat", str, "what the backward pass computes again, as model.remat; default none"),
         ("unroll", int, "layers in an iteration of the loop over them; default 1"),
         ("batch", int, "rows of a micro-batch; default 4"),

@@ -65,6 +65,8 @@ class ModelConfig(_Section):
         faster program without a loop, which takes longer to compile.
       quantize: QLoRA: keeps the frozen weights of linear layers in nf4 (4.13 bits a parameter),
         int8 or float8, and computes in `dtype`; null for none.
+      quantize_embeddings: a format for the embedding and an untied head too, of which int8 is
+        nearly exact; null for none.
       cache: whether to keep the quantised weights on disk, for a faster next start.
       new_tokens: texts to add to the tokenizer; only their rows of the embedding train, and of an
         untied head.
@@ -75,8 +77,16 @@ class ModelConfig(_Section):
     remat: Annotated[str, pydantic.AfterValidator(_remat)] = "none"
     unroll: _Count = 1
     quantize: Literal["nf4", "int8", "float8"] | None = None
+    quantize_embeddings: Literal["nf4", "int8", "float8"] | None = None
     cache: bool = False
     new_tokens: tuple[str, ...] = ()
+
+    @property
+    def formats(self) -> Any:
+        """What `jlora.models.load` takes as `quantize`."""
+        if self.quantize_embeddings is None:
+            return self.quantize
+        return {"layers": self.quantize, "embeddings": self.quantize_embeddings}
 
 
 class DataConfig(_Section):
@@ -473,6 +483,11 @@ def _check_together(config: RunConfig, path: Path) -> None:
     if config.eval.patience and not config.eval.every:
         raise ValueError(f"{path}: eval.patience counts evaluations: set eval.every too.")
 
+    if config.model.quantize_embeddings and (config.model.new_tokens or config.lora.rows):
+        raise ValueError(
+            f"{path}: model.new_tokens and lora.rows train rows of tables in full precision: leave "
+            "out model.quantize_embeddings, or these."
+        )
     if config.lora.init.startswith("loftq") and config.model.quantize is None:
         raise ValueError(
             f"{path}: lora.init={config.lora.init} makes up for the error of quantising: set "

@@ -40,26 +40,30 @@ def make_loss(
         # Small chunks skip more of the head; an accelerator wants larger products.
         chunk_tokens = 128 if jax.default_backend() == "cpu" else 1024
 
-    def compute(params: Any, batch: dict[str, jax.Array]) -> Any:
-        apply = functools.partial(model.apply, {"params": params})
-        hidden = apply(
+    def compute(params: Any, top_params: Any, batch: dict[str, jax.Array]) -> Any:
+        hidden = model.apply(
+            {"params": params},
             batch["tokens"],
             positions=batch.get("positions"),
             segment_ids=batch.get("segment_ids"),
             method="hidden",
         )
+        head = functools.partial(model.apply, {"params": top_params}, method="head")
         return losses.head_cross_entropy(
-            functools.partial(apply, method="head"),
+            head,
             hidden,
             batch["targets"],
             batch["loss_mask"],
             chunk_tokens=chunk_tokens * row_parts,
             head_is_frozen=head_is_frozen,
-            narrow_head=functools.partial(apply, dtype=hidden.dtype, method="head"),
+            narrow_head=functools.partial(head, dtype=hidden.dtype),
         )
 
     def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Any:
         dropout_key = key if lora.dropout else None
-        return jlora.adapt(compute, dropout_key=dropout_key)(params, batch)
+        top_params = {top: params[top]}
+        if head_is_frozen:  # a stored one is restored once, not for each chunk
+            top_params = jlora.dequantize(top_params)
+        return jlora.adapt(compute, dropout_key=dropout_key)(params, top_params, batch)
 
     return loss_fn

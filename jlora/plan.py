@@ -32,7 +32,7 @@ from jlora import (
 from jlora import run as runs
 from jlora.base import Base, adapt_base, check_start
 from jlora.leaf import is_array_leaf
-from jlora.models import attention, bnb, decoder, gguf, hf, hub
+from jlora.models import attention, bnb, decoder, gguf, hf, hub, weights
 
 __all__ = [
     "Model",
@@ -73,7 +73,7 @@ class Plan:
       parameters: of the base.
       trainable: of the adapters and what trains beside them.
       mesh: devices along each axis.
-      quantize: format of the base, or None.
+      quantize: formats of the base, or None.
       remat: what the backward pass computes again.
       rows: of a micro-batch, over all devices.
       accumulation: micro-batches a step.
@@ -214,7 +214,7 @@ def measure(run: config.RunConfig, model: Model, target: topology.Target) -> Pla
         parameters=sum(math.prod(x.shape) for x in dense_leaves(base.params)),
         trainable=sum(math.prod(x.shape) for x in jax.tree.leaves(state.trainable)),
         mesh=dict(mesh.shape),
-        quantize=format_of(run, model),
+        quantize=weights.describe(_formats(run, model)),
         remat=run.model.remat,
         rows=run.train.batch_size,
         accumulation=run.train.accumulation,
@@ -301,8 +301,12 @@ def _placed(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def format_of(run: config.RunConfig, model: Model) -> Any:
-    """The format of a run's base: what it asks for, or what the model's files are in."""
+    """The format of a run's linear layers: what it asks for, or what the model's files are in."""
     return run.model.quantize or ("nf4" if model.packed else None)
+
+
+def _formats(run: config.RunConfig, model: Model) -> weights.Formats:
+    return {"layers": format_of(run, model), "embeddings": run.model.quantize_embeddings}
 
 
 def _adapted(
@@ -310,7 +314,7 @@ def _adapted(
 ) -> tuple[Base, jlora.LoraConfig]:
     """The base with fresh adapters, nothing of it more than a shape."""
     dtype = "bfloat16" if run.model.dtype == "auto" else run.model.dtype
-    quantize = format_of(run, model)
+    quantize = _formats(run, model)
     options = {"dtype": dtype, "remat": run.model.remat, "unroll": run.model.unroll}
     settled = dataclasses.replace(model.config, **options)
     if model.file is None:

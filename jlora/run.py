@@ -266,7 +266,7 @@ def _prepare(
         dtype=run.model.dtype,
         remat=run.model.remat,
         unroll=run.model.unroll,
-        quantize=run.model.quantize,
+        quantize=run.model.formats,
         cache=run.model.cache,
         vocabulary=vocabulary,
         mesh=mesh,

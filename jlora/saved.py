@@ -66,7 +66,7 @@ def load_run(
     base = load_base(
         run.model.path,
         dtype=run.model.dtype,
-        quantize=run.model.quantize if packs else None,
+        quantize=run.model.formats if packs else None,
         cache=run.model.cache,
         vocabulary=load_vocabulary(run.model.path, run.model.new_tokens),
     )
@@ -149,7 +149,7 @@ def load_to_merge(
       ValueError: if there are no such weights.
     """
     base, lora = load_run(folder, say, quantized=into == "dequantized", other_base=other_base)
-    fmt = config.load(Path(folder) / "config.yaml").model.quantize
+    fmt = weights.describe(config.load(Path(folder) / "config.yaml").model.formats)
     is_packed = _has_packed(base.params)
     if into == "original" and is_packed:
         raise ValueError(
@@ -183,18 +183,19 @@ def merge_report(folder: str | os.PathLike[str], params: Any, layers: int) -> st
       params: from `load_to_merge`: over the packed weights, or over the original ones.
       layers: the most layers of a stack to measure on, evenly spaced; 0 for none at all.
     """
-    fmt = config.load(Path(folder) / "config.yaml").model.quantize
+    formats = config.load(Path(folder) / "config.yaml").model.formats
     is_packed = _has_packed(params)
     if layers < 0:
         raise ValueError(f"--error-layers must be at least 0, got {layers}.")
-    if layers < 1 or not (fmt or is_packed):
+    if layers < 1 or not (formats or is_packed):
         return None
     rows = []
     for path, leaf in leaves_by_path(params).items():
         if not isinstance(leaf, jlora.LoraArray):
             continue
         leaf, base = _some_layers(leaf, layers), None
-        if fmt and not is_packed and weights.is_quantised(path):
+        fmt = None if is_packed else weights.format_at(path, formats)
+        if fmt is not None:
             base = {path: leaf.w}  # and beside it what training saw
             leaf = dataclasses.replace(leaf, w=pack_weight(leaf.w, leaf.axes, fmt))
         rows += jlora.merge_error({path: leaf}, base=base).rows
@@ -216,7 +217,7 @@ def logits_report(
     """
     tokens = loaded.tokenizer.encode(text)
     trained, on_original = loaded.params, None
-    if config.load(Path(folder) / "config.yaml").model.quantize and not _has_packed(trained):
+    if config.load(Path(folder) / "config.yaml").model.formats and not _has_packed(trained):
         trained = load_run(folder, lambda text: None, other_base=other_base)[0].params
         on_original = lambda: loaded.params  # noqa: E731
 

@@ -145,8 +145,8 @@ def _batches(rows: int, parts: int, most: int) -> list[int]:
 
 
 @functools.cache
-def _abstract(shape: decoder.DecoderConfig, fmt: Any) -> Any:
-    return hf.abstract(shape, fmt)
+def _abstract(shape: decoder.DecoderConfig, fmt: Any, embeddings: Any) -> Any:
+    return hf.abstract(shape, {"layers": fmt, "embeddings": embeddings})
 
 
 def _estimate(
@@ -161,7 +161,7 @@ def _estimate(
     rows = run.train.batch_size * run.train.accumulation
     accumulation = max(1, rows // batch)
     shape = dataclasses.replace(model.config, dtype="bfloat16")
-    params = _abstract(shape, fmt)
+    params = _abstract(shape, fmt, run.model.quantize_embeddings)
     mesh = sharding.make_mesh(sizes, target.devices)
     weights = plan.device_bytes(plan.placed(params, mesh))
     tensor, parts = sizes["tensor"], sizes["data"] * sizes["fsdp"]

@@ -66,6 +66,10 @@ def test_a_quantised_base_is_made_of_plausible_numbers(base, bits):
     assert 0.01 < dense.std() < 0.06  # 0.02 for a dense base
     assert abs(8 * sum(x.nbytes for x in jax.tree.leaves(kernel)) / dense.size - bits) < 0.6
     assert params["lm_head"]["kernel"].dtype == jnp.bfloat16
+    packed = bench.random_params(model, base, "int8")
+    for table in (packed["lm_head"]["kernel"], packed["embed_tokens"]["embedding"]):
+        assert 0.01 < table.materialise().astype(jnp.float32).std() < 0.06
+        assert sum(x.nbytes for x in jax.tree.leaves(table)) == 256 * 64 + 256 * 4
 
 
 @pytest.mark.slow
@@ -75,7 +79,7 @@ def test_a_quantised_base_is_made_of_plausible_numbers(base, bits):
 def test_a_quantised_base_is_measured(base, remat, unroll):
     settings = bench.Settings(
         shape="tiny", base=base, remat=remat, unroll=unroll, batch=1, length=16, rank=4, steps=1,
-        repetitions=1,
+        repetitions=1, embeddings="int8" if unroll > 1 else None,
     )  # fmt: skip
     assert abs(bench.measure(settings)["last_loss"] - 5.545) < 0.2
 

@@ -15,7 +15,7 @@ import yaml
 
 import jlora
 from jlora import cli, config, models, report, saved
-from jlora.quant import NF4Array
+from jlora.quant import Int8Array, NF4Array
 
 
 def metrics(run):
@@ -209,6 +209,31 @@ def test_other_formats_train_too(made, fmt):
     assert lines[3]["eval_loss"] < lines[0]["eval_loss"]
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "null"])
+def test_embedding_and_head_in_int8_train_alike_and_merge(made, tmp_path, capsys, fmt):
+    path, run = made
+    options = ["model.quantize_embeddings=int8", f"model.quantize={fmt}", f"name=e-{fmt}"]
+    assert cli.main(["train", str(path), *options]) == 0
+    mine = run.parent / f"e-{fmt}"
+    lines = metrics(mine)
+    assert lines[8]["eval_loss"] < lines[0]["eval_loss"]
+    if fmt == "nf4":
+        wanted = metrics(run)[8]["eval_loss"]
+        assert lines[8]["eval_loss"] == pytest.approx(wanted, rel=0.02)
+        assert lines[8]["eval_loss"] != wanted
+    tables = saved.load_run(mine, lambda text: None)[0].params["embed_tokens"]["embedding"]
+    assert isinstance(tables, Int8Array)
+    capsys.readouterr()
+    for into, model_of in (("dequantized", tables.materialise()), ("original", None)):
+        output = tmp_path / into
+        assert cli.main(["merge", str(mine), "-o", str(output), "--into", into]) == 0
+        assert ("embeddings int8" in capsys.readouterr().out) == (into == "original")
+        merged = models.load(output)[1]["embed_tokens"]["embedding"]
+        original = models.load(config.load(mine / "config.yaml").model.path)[1]
+        wanted = model_of if model_of is not None else original["embed_tokens"]["embedding"]
+        np.testing.assert_array_equal(merged, wanted)
+
+
 def test_inspect_shows_the_format_and_reads_no_weights(made, capsys, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *args, **kwargs: pytest.fail("loaded the weights"))
     assert cli.main(["inspect", str(made[0])]) == 0
@@ -230,6 +255,14 @@ def test_keeping_the_packed_base_is_no_other_run(made, capsys):
     [
         (["model.quantize=nf3"], ["model.quantize", "nf3", "'nf4'", "'int8'", "'float8'"]),
         (["quantize=nf4"], ["unknown key 'quantize'", "model.quantize"]),
+        (
+            ["name=x", "model.quantize_embeddings=int8", "model.new_tokens=[<x>]"],
+            ["model.quantize_embeddings", "model.new_tokens"],
+        ),
+        (
+            ["name=x", "model.quantize_embeddings=int8", "lora.train=[embed_tokens]"],
+            ["embed_tokens/embedding", "quantised", "no gradient"],
+        ),
         (
             ["name=x", "lora.train=[layers/mlp/up_proj/kernel]", "lora.targets=[q_proj]"],
             ["layers/mlp/up_proj/kernel", "quantised", "no gradient"],

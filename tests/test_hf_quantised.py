@@ -1,5 +1,6 @@
 """Bases that are quantised as they are read: equal to quantising them later, in less memory."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -90,6 +91,49 @@ def test_a_gguf_file_is_quantised_alike(gguf_file, fmt):
     assert_equal_trees(params, quantise_later(gguf_file, fmt, None))
 
 
+def with_tables(params, fmt):
+    axes = {"embed_tokens": ("out", "in"), "lm_head": ("in", "out")}
+    targets = [name for name in axes if name in params]
+    axes = {name: axes[name] for name in targets}
+    return jlora.quantize(params, fmt, targets=targets, axes=axes)
+
+
+@pytest.mark.parametrize("layers", ["nf4", None])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_packed_where_asked_for(tmp_path, gguf_file, fmt, layers, tied):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    hf.save(tmp_path / "model", config, random_params(config, "bfloat16"), tiny.tokenizer_files())
+    for path in (tmp_path / "model", gguf_file):
+        formats = {"layers": layers, "embeddings": fmt}
+        model, params = models.load(path, quantize=formats)
+        assert_equal_trees(params, with_tables(models.load(path, quantize=layers)[1], fmt))
+        assert_equal_trees(params, models.shapes(path, quantize=formats)[1])
+        tokens = jnp.asarray([[1, 5, 96, 0]])
+
+        def apply(params, model=model, tokens=tokens):
+            return model.apply({"params": params}, tokens)
+
+        # The products are those of the restored tables, whose rows are looked up one by one.
+        logits = jlora.adapt(apply, on_unsupported="error")(params)
+        np.testing.assert_allclose(
+            logits, jax.jit(apply)(jlora.dequantize(params)), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_int8_tables_change_the_logits_little(folder):
+    model, params = models.load(folder, dtype="float32")
+    packed = models.load(folder, dtype="float32", quantize={"embeddings": "int8"})[1]
+
+    @jlora.adapt
+    def apply(params):
+        return model.apply({"params": params}, jnp.arange(90)[None])
+
+    exact, given = apply(params), apply(packed)
+    # A code is off by half of one of 127 steps of the row's largest element: 0.3 % of these rows.
+    assert 1e-4 < jnp.linalg.norm(given - exact) / jnp.linalg.norm(exact) < 0.02
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", None])
 @pytest.mark.parametrize("fmt", [*FORMATS, None])
 def test_shapes_are_those_of_what_is_loaded(folder, gguf_file, fmt, dtype):
@@ -118,6 +162,12 @@ def test_weights_go_where_they_belong_on_a_mesh(folder, fmt, kind):
 
     _, params = models.load(folder, quantize=fmt, sharding=place)
     assert_equal_trees(params, models.load(folder, quantize=fmt)[1])
+    both = {"layers": fmt, "embeddings": fmt}
+    packed = models.load(folder, quantize=both, sharding=place)[1]
+    assert_equal_trees(packed, models.load(folder, quantize=both)[1])
+    if fmt is not None and fmt != "nf4":  # whose 64 columns are one block
+        codes = packed["lm_head"]["kernel"].codes
+        assert codes.addressable_shards[0].data.shape == (97, 32)
     leaves = jlora.lora.leaves_by_path(params)
     assert len(leaves["norm/scale"].devices()) == 1
     assert leaves["lm_head/kernel"].addressable_shards[0].data.shape == (32, 97)
@@ -136,6 +186,10 @@ def test_a_format_that_is_not_there_is_refused_before_weights_are_read(folder, m
     for function in (models.load, models.shapes):
         with pytest.raises(ValueError, match=r"one of \['float8', 'int8', 'nf4'\].*'fp4'"):
             function(folder, quantize="fp4")
+        with pytest.raises(ValueError, match=r"one of \['float8', 'int8', 'nf4'\].*'fp4'"):
+            function(folder, quantize={"embeddings": "fp4"})
+        with pytest.raises(ValueError, match=r"\['layers', 'embeddings'\], got \['head'\]"):
+            function(folder, quantize={"head": "int8"})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -147,6 +201,11 @@ def test_what_no_scale_can_store_is_refused_by_name_and_layer(tmp_path, value):
     with pytest.raises(ValueError, match=r"'layers/mlp/up_proj/kernel', layer 1, holds NaN or inf"):
         models.load(tmp_path / "model", quantize="nf4")
     models.load(tmp_path / "model")
+    params["layers"]["mlp"]["up_proj"]["kernel"] = kernel
+    params["embed_tokens"]["embedding"] = params["embed_tokens"]["embedding"].at[3, 3].set(value)
+    hf.save(tmp_path / "model", CONFIG, params, tiny.tokenizer_files())
+    with pytest.raises(ValueError, match="'embed_tokens/embedding' holds NaN or inf"):
+        models.load(tmp_path / "model", quantize={"embeddings": "int8"})
 
 
 def test_a_quantised_model_is_saved_only_after_merging(folder, tmp_path):
@@ -210,4 +269,4 @@ def test_loading_takes_the_packed_size_and_one_tensor(tmp_path, fmt):
 def test_what_is_loaded_in_a_format_is_said_in_one_place(folder):
     _, params = models.load(folder, quantize="nf4")
     for path, leaf in jlora.lora.leaves_by_path(params).items():
-        assert isinstance(leaf, quant.QuantArray) == weights.is_quantised(path)
+        assert isinstance(leaf, quant.QuantArray) == (weights.format_at(path, "nf4") is not None)

@@ -89,11 +89,15 @@ def test_twenty_steps_have_the_losses_of_one_device(tmp_path, quantize, remat):
 
 
 @pytest.mark.parametrize(
-    ("variant", "quantize", "tensor"), [("dora", "null", 2), ("dora", "nf4", 4), ("vera", "nf4", 2)]
+    ("variant", "quantize", "tensor"),
+    [("dora", "null", 2), ("dora", "nf4", 4), ("vera", "nf4", 2), ("lora", "embeddings", 2)],
 )
 def test_variants_have_the_losses_of_one_device(tmp_path, variant, quantize, tensor):
     made, overrides = write_config(tmp_path)
-    overrides += [f"model.quantize={quantize}", f"lora.variant={variant}", "train.steps=3"]
+    key = {"embeddings": "model.quantize_embeddings=int8"}.get(
+        quantize, f"model.quantize={quantize}"
+    )
+    overrides += [key, f"lora.variant={variant}", "train.steps=3"]
     wanted = losses_of(made, [*overrides, "name=one"], steps=3)
     mesh = f"mesh={{fsdp: -1, tensor: {tensor}}}"
     got = losses_of(made, [*overrides, mesh, "name=mesh"], steps=3)

@@ -5,6 +5,7 @@ import functools
 import re
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -84,6 +85,47 @@ def test_loss_and_gradient_are_those_of_the_plain_loop(remat, unroll):
         step(*arguments),
         expected(),
     )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_a_quantised_head_is_restored_once_and_not_for_each_chunk(tied):
+    trainable, frozen, batch = adapted()
+    axes = {"embed_tokens": ("out", "in"), "lm_head": ("in", "out")}
+    params = jlora.combine(trainable, frozen)
+    if tied:
+        del axes["lm_head"], params["lm_head"]
+    packed = jlora.quantize(params, "int8", targets=list(axes), axes=axes)
+    model = Decoder(dataclasses.replace(CONFIG, tie_embeddings=tied))
+
+    def loss(trainable, frozen):
+        params = jlora.combine(trainable, frozen)
+        loss_fn = objective.make_loss(model, params, LORA, chunk_tokens=4)
+        return loss_fn(params, batch, None)[0]
+
+    step = jax.jit(jax.value_and_grad(loss))
+    lora = dataclasses.replace(LORA, exclude=()) if tied else LORA
+    arguments = jlora.split(packed, lora)
+    dense = {**params, **jlora.dequantize({name: packed[name] for name in axes})}
+    given, wanted = (
+        jax.tree.leaves(step(*halves)) for halves in (arguments, jlora.split(dense, lora))
+    )
+    for got, expected in zip(given, wanted, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    shape = "61,16" if tied else "16,61"
+    bodies = [str(eqn.params["jaxpr"]) for eqn in equations(jax.make_jaxpr(step)(*arguments))
+              if eqn.primitive.name == "scan"]  # fmt: skip
+    chunks = [body for body in bodies if f"f32[{shape}]" in body]
+    assert chunks
+    assert not any("i8[61,16]" in body for body in bodies)
+
+
+def equations(closed):
+    for eqn in closed.jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                yield from equations(value)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 64, 4096])

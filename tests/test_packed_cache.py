@@ -64,7 +64,11 @@ def test_formats_dtypes_and_bases_have_files_of_their_own(tmp_path, folder, cach
     models.load(folder, quantize="int8", cache=cache)
     models.load(folder, quantize="int8", dtype="bfloat16", cache=cache)
     models.load(other, quantize="int8", cache=cache)
-    assert len(list(cache.iterdir())) == 4
+    for embeddings in ("int8", "nf4", "int8"):
+        formats = {"layers": "int8", "embeddings": embeddings}
+        given = models.load(folder, quantize=formats, cache=cache)[1]
+        assert_bit_equal(given, models.load(folder, quantize=formats)[1])
+    assert len(list(cache.iterdir())) == 6
 
 
 def change_base(folder, file):

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jlora.models.weights import Place
-    from jlora.quant import Format
+    from jlora.models.weights import Formats, Place
 
 __all__ = ["load", "resolve", "revision", "save", "shapes", "tokenizer_files"]
 
@@ -28,7 +27,7 @@ def load(
     name_or_dir: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    quantize: "Format | None" = None,
+    quantize: "Formats" = None,
     sharding: "Place | None" = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
@@ -42,6 +41,7 @@ def load(
       dtype: of parameters and computation, by default the file's.
       quantize: `"nf4"`, `"int8"` or `"float8"` packs the weights of linear layers inside the
         layers, as transformers has it with bitsandbytes: not embeddings, the head, norms or biases.
+        `{"layers": "nf4", "embeddings": "int8"}` packs the embedding and an untied head too.
         Weights that a folder holds in bitsandbytes' NF4 become `NF4Array` leaves also without it.
       sharding: called with the path and shape of each weight, gives its `Sharding`, or None for
         the default device. A quantised weight's arrays follow it, no block cut apart.
@@ -73,7 +73,7 @@ def load(
 
 
 def shapes(
-    name_or_dir: str | os.PathLike[str], *, dtype: Any = None, quantize: "Format | None" = None
+    name_or_dir: str | os.PathLike[str], *, dtype: Any = None, quantize: "Formats" = None
 ) -> tuple[Any, dict[str, Any]]:
     """What `load` gives, with `ShapeDtypeStruct`s for arrays: to look at a model of any size."""
     from jlora.models import decoder

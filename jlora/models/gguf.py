@@ -19,7 +19,6 @@ from gguf import quants
 
 from jlora.models import gguf_tokenizer, weights
 from jlora.models.decoder import DecoderConfig, RopeScaling
-from jlora.quant import Format
 
 __all__ = ["load", "shapes", "tokenizer_files"]
 
@@ -75,7 +74,7 @@ def load(
     path: str | os.PathLike[str],
     dtype: jax.typing.DTypeLike | None = None,
     *,
-    quantize: Format | None = None,
+    quantize: weights.Formats = None,
     place: weights.Place | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a llama or qwen2 model, tensor by tensor.
@@ -84,7 +83,7 @@ def load(
       path: the `.gguf` file.
       dtype: of the parameters and of the computation; float32 by default, in which the file's
         numbers are exact.
-      quantize: a format for the weights that `weights.is_quantised` names; None for none.
+      quantize: formats for the weights, as `weights.format_at` has them.
       place: as in `weights.fill`.
 
     Returns:
@@ -106,7 +105,7 @@ def shapes(
     path: str | os.PathLike[str],
     dtype: jax.typing.DTypeLike | None = None,
     *,
-    quantize: Format | None = None,
+    quantize: weights.Formats = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """What `load` gives, with `ShapeDtypeStruct`s for arrays; no weight is read."""
     config, sources = _opened(Path(path), dtype, quantize)
@@ -367,7 +366,7 @@ def _llama3_scaling(file: _File, architecture: str, head_dim: int) -> RopeScalin
 
 
 def _opened(
-    path: Path, dtype: jax.typing.DTypeLike | None, quantize: Format | None
+    path: Path, dtype: jax.typing.DTypeLike | None, quantize: weights.Formats
 ) -> tuple[DecoderConfig, list[weights.Source]]:
     """The config and where each parameter is, once file and model are known to agree."""
     file = _read(path)

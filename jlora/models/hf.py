@@ -25,7 +25,6 @@ from jlora.models import bnb, hf_config, hf_names, slices, weights
 from jlora.models.decoder import param_shapes
 from jlora.models.decoder_config import DecoderConfig
 from jlora.models.hf_names import hf_name, is_transposed
-from jlora.quant import Format
 
 __all__ = ["hf_name", "is_transposed", "load", "save", "shapes", "tokenizer_files"]
 
@@ -48,7 +47,7 @@ def load(
     directory: str | os.PathLike[str],
     dtype: Any = None,
     *,
-    quantize: Format | None = None,
+    quantize: weights.Formats = None,
     place: weights.Place | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a model, tensor by tensor into the stacked arrays.
@@ -58,7 +57,7 @@ def load(
         bitsandbytes serialised in NF4 become `NF4Array` leaves.
       dtype: of parameters and computation; by default parameters keep the file's and the
         computation uses the dtype that config.json states.
-      quantize: a format for the weights that `weights.is_quantised` names; None for none.
+      quantize: formats for the weights, as `weights.format_at` has them.
       place: as in `weights.fill`.
 
     Returns:
@@ -75,7 +74,7 @@ def load(
 
 
 def shapes(
-    directory: str | os.PathLike[str], dtype: Any = None, *, quantize: Format | None = None
+    directory: str | os.PathLike[str], dtype: Any = None, *, quantize: weights.Formats = None
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """What `load` gives, with `ShapeDtypeStruct`s for arrays; no weight is read."""
     directory = Path(directory)
@@ -86,7 +85,7 @@ def shapes(
     return config, abstract(config, quantize)
 
 
-def abstract(config: DecoderConfig, quantize: Format | None = None) -> dict[str, Any]:
+def abstract(config: DecoderConfig, quantize: weights.Formats = None) -> dict[str, Any]:
     """The parameters of a model in its dtype as `ShapeDtypeStruct`s, packed as `load` does."""
     expected = _flatten(param_shapes(config)).items()
     return _unflatten(
@@ -151,7 +150,7 @@ def _read_config(directory: Path, dtype: Any) -> tuple[DecoderConfig, bool]:
 
 @contextlib.contextmanager
 def _opened(
-    directory: Path, dtype: Any, quantize: Format | None
+    directory: Path, dtype: Any, quantize: weights.Formats
 ) -> Iterator[tuple[DecoderConfig, list[weights.Source]]]:
     """The config and where each parameter is, once both are known to agree."""
     config, packed = _read_config(directory, dtype)
@@ -185,7 +184,7 @@ def _source(
     tensors: Mapping[str, Any],
     parts: Mapping[str, hf_names.Index],
     dtype: Any,
-    quantize: Format | None,
+    quantize: weights.Formats,
 ) -> weights.Source:
     stacked = "{}" in hf_name(path)
     found = [tensors[name] for name in parts]
@@ -196,7 +195,8 @@ def _source(
                 f"{packed[0].file} holds experts in four bits; those are read from files that are "
                 "not quantised, with quantize= to pack them."
             )
-        return bnb.source(path, shape, found, dtype, quantize, stacked=stacked)
+        fmt = weights.format_at(path, quantize)
+        return bnb.source(path, shape, found, dtype, fmt, stacked=stacked)
     stored = jnp.result_type(*{jnp.dtype(_DTYPES[tensor.stored]) for tensor in found})
     leaf = weights.plan(path, shape, stored if dtype is None else dtype, quantize)
     form = "transposed" if is_transposed(path) else "plain"

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 
 from jlora.models import weights
-from jlora.quant import Format, QuantArray
+from jlora.quant import QuantArray
 
 __all__ = ["load"]
 
@@ -39,7 +39,7 @@ def load(
     reader: Any,
     *,
     dtype: Any,
-    quantize: Format,
+    quantize: weights.Formats,
     place: weights.Place | None,
 ) -> tuple[Any, dict[str, Any]]:
     """What `reader.load` gives, from the kept file if that is of this base, else kept from now on.
@@ -53,9 +53,13 @@ def load(
       place: as in `reader.load`.
     """
     config, tree = reader.shapes(path, dtype, quantize=quantize)
-    name = f"{path.resolve()} {quantize} {dtype and jnp.dtype(dtype).name}"
+    formats = weights.describe(quantize)
+    name = f"{path.resolve()} {formats} {dtype and jnp.dtype(dtype).name}"
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    file = Path(folder) / f"{path.stem}-{quantize}-{digest}.safetensors"
+    file = (
+        Path(folder)
+        / f"{path.stem}-{str(formats).replace(', ', '-').replace(' ', '-')}-{digest}.safetensors"
+    )
     fingerprint = _fingerprint(path)
     if file.is_file():
         try:

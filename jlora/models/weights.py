@@ -9,8 +9,8 @@ what its own devices hold.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +20,57 @@ from jlora import quant
 from jlora.models import slices
 from jlora.quant import QuantArray
 
-__all__ = ["Place", "Source", "fill", "is_quantised", "plan"]
+__all__ = ["Formats", "Place", "Source", "describe", "fill", "format_at", "plan"]
 
 Place = Callable[[str, tuple[int, ...]], Sharding | None]
+# One format for the weights of linear layers inside the layers, or formats by kind of weight:
+# "layers" for those, "embeddings" for the embedding and an untied head.
+Formats: TypeAlias = quant.Format | Mapping[str, quant.Format | None] | None
+
+_KINDS = ("layers", "embeddings")
+_TABLES = ("embed_tokens/embedding", "lm_head/kernel")
 
 
-def is_quantised(path: str) -> bool:
-    """Whether loading in a quantised format quantises the parameter at this path.
+def format_at(path: str, formats: Formats) -> quant.Format | None:
+    """The format that loading packs the parameter at this path in; None leaves it as it is.
 
-    These are the weights of the linear layers inside the layers, as transformers has it with
-    bitsandbytes, and experts: no embedding, no head, no router, no norm, no bias.
+    What is called layers are the weights of the linear layers inside the layers, as transformers
+    has it with bitsandbytes, and experts: no router, no norm, no bias.
     """
+    by_kind = _by_kind(formats)
+    if unknown := set(by_kind) - set(_KINDS):
+        raise ValueError(f"quantize has formats for {list(_KINDS)}, got {sorted(unknown)}.")
+    for fmt in by_kind.values():
+        if fmt is not None and fmt not in quant.FORMATS:
+            raise ValueError(
+                f"quantize must be one of {sorted(quant.FORMATS)} or None, got {fmt!r}."
+            )
     router = path == "layers/mlp/gate/kernel"
-    return path.startswith("layers/") and path.endswith("/kernel") and not router
+    if path.startswith("layers/") and path.endswith("/kernel") and not router:
+        return by_kind.get("layers")
+    return by_kind.get("embeddings") if path in _TABLES else None
 
 
-def plan(path: str, shape: Sequence[int], dtype: Any, fmt: quant.Format | None) -> Any:
+def describe(formats: Formats) -> str | None:
+    """The formats in a few words; None if there are none."""
+    layers, embeddings = map(_by_kind(formats).get, _KINDS)
+    words = [layers, None if embeddings is None else f"embeddings {embeddings}"]
+    return ", ".join(word for word in words if word is not None) or None
+
+
+def _by_kind(formats: Formats) -> Mapping[str, quant.Format | None]:
+    return formats if isinstance(formats, Mapping) else {"layers": formats}
+
+
+def plan(path: str, shape: Sequence[int], dtype: Any, formats: Formats) -> Any:
     """The parameter to make, as a `ShapeDtypeStruct` or a quantised leaf of those."""
-    if fmt is not None and fmt not in quant.FORMATS:
-        raise ValueError(f"quantize must be one of {sorted(quant.FORMATS)} or None, got {fmt!r}.")
     leaf = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-    if fmt is None or not is_quantised(path):
+    fmt = format_at(path, formats)
+    if fmt is None:
         return leaf
     axes: Any = (*(("stack",) * (len(shape) - 2)), "in", "out")
+    if path.endswith("/embedding"):
+        axes = ("out", "in")  # rows are looked up whole, and an output of a tied head
     return jax.eval_shape(functools.partial(quant.pack_weight, axes=axes, fmt=fmt), leaf)
 
 
@@ -82,6 +110,9 @@ def fill(source: Source, place: Place | None = None) -> Any:
     sharding = place(source.path, tuple(leaf.shape)) if place is not None else None
     shapes, treedef = jax.tree.flatten(leaf)
     shardings = _shardings(leaf, sharding, len(shapes))
+    packs = isinstance(leaf, QuantArray) and source.form != "parts"
+    if not source.stacked and packs:
+        return _packed(source, sharding, shardings)
     if not source.stacked:
         turned = source.form == "transposed"
         arrays = [
@@ -98,7 +129,6 @@ def fill(source: Source, place: Place | None = None) -> Any:
     )
     write = jax.jit(_write, static_argnames=("form", "fmt", "dtype"), donate_argnums=0,
                     out_shardings=out)  # fmt: skip
-    packs = isinstance(leaf, QuantArray) and source.form != "parts"
     for layer, read in enumerate(source.layers):
         tensors = [
             _put(tensor, _layer_sharding(sharding, source.form, len(tensor.shape)))
@@ -118,6 +148,31 @@ def fill(source: Source, place: Place | None = None) -> Any:
     if sharding is not None:
         arrays = jax.device_put(arrays, shardings)
     return treedef.unflatten(arrays)
+
+
+def _packed(source: Source, sharding: Sharding | None, shardings: list[Any]) -> Any:
+    """A parameter without layers, packed from its one tensor."""
+    leaf: QuantArray = source.leaf
+    (tensor,) = source.layers[0]()
+    axes = leaf.axes
+    if source.form == "transposed":
+        axes = axes[::-1]
+        if isinstance(sharding, NamedSharding):
+            places = [*sharding.spec, None, None][:2][::-1]
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*places))
+    table = _put(tensor, _automatic(sharding))
+    quant.check_finite(table, repr(source.path))
+
+    def pack(table: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(
+            quant.pack_weight(table.astype(leaf.dtype), axes, quant.format_of(leaf))
+        )
+
+    out = None if sharding is None else [_automatic(x) for x in shardings]
+    arrays = jax.block_until_ready(jax.jit(pack, out_shardings=out)(table))
+    if sharding is not None:
+        arrays = jax.device_put(arrays, shardings)
+    return jax.tree.unflatten(jax.tree.structure(leaf), arrays)
 
 
 def _automatic(sharding: Sharding | None) -> Sharding | None:
