@@ -416,9 +416,10 @@ def _merge(args: argparse.Namespace) -> None:
     loaded, _, into = saved.load_to_merge(
         args.run, _whisper, into=args.into, other_base=args.other_base
     )
-    errors = saved.merge_report(args.run, loaded.params, args.error_layers) or ""
+    other = args.other_base
+    errors = saved.merge_report(args.run, loaded.params, args.error_layers, other_base=other) or ""
     if args.error_text is not None:
-        errors += saved.logits_report(args.run, loaded, args.error_text, other_base=args.other_base)
+        errors += saved.logits_report(args.run, loaded, args.error_text, other_base=other)
     merged = jlora.merge_params(loaded.params)
     models.save(args.output, loaded.model, merged, tokenizer_files=loaded.vocabulary.files)
     _say(f"Wrote the merged model to {args.output}.{into}")

@@ -12,6 +12,7 @@ nothing of low rank, quantisation or training.
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,9 +20,8 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jlora import tree
+from jlora.calls import Constant, Static, argument_paths, is_output, separate
 from jlora.leaf import (
-    ArrayLeaf,
     Context,
     Equation,
     OnUnsupported,
@@ -67,7 +67,7 @@ def adapt(
         )
     warned: set[Any] = set()
 
-    def run(static: _Static, dynamic: list[Any], key: jax.Array | None) -> Any:
+    def run(static: Static, dynamic: list[Any], key: jax.Array | None) -> Any:
         context = Context(on_unsupported, key, warned=warned)
         out = _interpret(fn, static, dynamic, context)
         context.log_remarks()
@@ -78,11 +78,11 @@ def adapt(
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        out = compiled(*_separate(args, kwargs), dropout_key)
+        out = compiled(*separate(args, kwargs), dropout_key)
         return jax.tree.map(
-            lambda leaf: leaf.value if isinstance(leaf, _Constant) else leaf,
+            lambda leaf: leaf.value if isinstance(leaf, Constant) else leaf,
             out,
-            is_leaf=lambda leaf: isinstance(leaf, _Constant),
+            is_leaf=lambda leaf: isinstance(leaf, Constant),
         )
 
     return adapted
@@ -90,95 +90,93 @@ def adapt(
 
 def evaluate(fn: Callable[..., Any], args: Sequence[Any], context: Context) -> Any:
     """Runs `fn(*args)` once by the rules of the leaves in `args`, without compiling it."""
-    static, dynamic = _separate(tuple(args), {})
+    static, dynamic = separate(tuple(args), {})
     return _interpret(fn, static, dynamic, context)
 
 
-def _separate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["_Static", list[Any]]:
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_array_leaf)
-    dynamic = [leaf if _is_dynamic(leaf) else None for leaf in leaves]
-    static = [None if _is_dynamic(leaf) else leaf for leaf in leaves]
-    return _Static(treedef, tuple(static)), dynamic
-
-
-def _is_dynamic(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | ArrayLeaf | jax.ShapeDtypeStruct)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """The structure of a call and its arguments that are no arrays, as a cache key."""
-
-    treedef: Any
-    leaves: tuple[Any, ...]
-
-    def __eq__(self, other: object) -> bool:
-        # True == 1 == 1.0, but a function may tell them apart.
-        return (
-            isinstance(other, _Static)
-            and self.treedef == other.treedef
-            and len(self.leaves) == len(other.leaves)
-            and all(type(x) is type(y) and x == y for x, y in zip(self.leaves, other.leaves))
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.treedef, self.leaves))
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Constant:
-    """A result that is no array, on its way through `jit`."""
-
-    value: Any
-
-
-def _interpret(
-    fn: Callable[..., Any], static: _Static, dynamic: list[Any], context: Context
-) -> Any:
+def _interpret(fn: Callable[..., Any], static: Static, dynamic: list[Any], context: Context) -> Any:
     """Traces `fn` on the arrays that the leaves stand for, then evaluates it on the leaves."""
-    placeholders = [leaf.placeholder() if is_array_leaf(leaf) else leaf for leaf in dynamic]
-    out_tree = None
 
-    def flat_fn(*arrays: Any) -> list[Any]:
-        nonlocal out_tree
-        remaining = iter(arrays)
-        leaves = [
-            constant if value is None else next(remaining)
-            for value, constant in zip(dynamic, static.leaves)
-        ]
-        args, kwargs = jax.tree.unflatten(static.treedef, leaves)
-        out = jax.tree.map(
-            lambda leaf: leaf if _is_output(leaf) else _Constant(leaf), fn(*args, **kwargs)
-        )
-        flat, out_tree = jax.tree.flatten(out)
-        return flat
+    def trace(arrays: Sequence[Any]) -> tuple[Any, Any]:
+        """The jaxpr of `fn`, and the structure of its result."""
+        out_tree = None
 
-    closed = jax.make_jaxpr(flat_fn)(*(leaf for leaf in placeholders if leaf is not None))
-    names = _argument_paths(static)
-    operands = [
-        leaf.enter(path) if is_array_leaf(leaf) else leaf
-        for path, leaf in zip(names, dynamic)
-        if leaf is not None
-    ]
+        def flat_fn(*arrays: Any) -> list[Any]:
+            nonlocal out_tree
+            remaining = iter(arrays)
+            leaves = [
+                constant if value is None else next(remaining)
+                for value, constant in zip(dynamic, static.leaves)
+            ]
+            args, kwargs = jax.tree.unflatten(static.treedef, leaves)
+            out = jax.tree.map(
+                lambda leaf: leaf if is_output(leaf) else Constant(leaf), fn(*args, **kwargs)
+            )
+            flat, out_tree = jax.tree.flatten(out)
+            return flat
+
+        return jax.make_jaxpr(flat_fn)(*arrays), out_tree
+
+    named = [(path, x) for path, x in zip(argument_paths(static), dynamic) if x is not None]
+    placeholders = [leaf.placeholder() if is_array_leaf(leaf) else leaf for _, leaf in named]
+    closed, out_tree = trace(placeholders)
+    _refuse_gradients(closed, named, placeholders, lambda arrays: trace(arrays)[0])
+    operands = [leaf.enter(path) if is_array_leaf(leaf) else leaf for path, leaf in named]
     _report_captured(closed, operands, context)
     outs = _evaluate(closed, operands, context)
     outs = [_dense(out, "output", context) for out in outs]
     return jax.tree.unflatten(out_tree, outs)
 
 
-def _is_output(leaf: Any) -> bool:
-    return _is_dynamic(leaf) or isinstance(leaf, bool | int | float | complex)
+def _refuse_gradients(
+    closed: Any,
+    named: Sequence[tuple[str, Any]],
+    placeholders: Sequence[Any],
+    trace: Callable[[Sequence[Any]], Any],
+) -> None:
+    """Raises if the function takes the gradient of a frozen leaf.
+
+    A jaxpr does not tell what its gradients are of. But JAX has none of integers, so where an array
+    like the leaf arises from others, the function is traced once more with integers in its place.
+    """
+    reasons = [x.why_frozen(path) if is_array_leaf(x) else None for path, x in named]
+    frozen = [(place, why) for place, why in enumerate(reasons) if why is not None]
+    arising = _arising(closed, {tuple(placeholders[place].shape) for place, _ in frozen})
+    for place, why in frozen:
+        shape = tuple(placeholders[place].shape)
+        if shape not in arising:
+            continue
+        integers = jax.ShapeDtypeStruct(shape, np.int32)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                changed = trace([*placeholders[:place], integers, *placeholders[place + 1 :]])
+        except Exception as error:  # of another kind where the function wants no integers
+            refused = "-valued inputs (input dtype" in str(error)
+        else:  # jax.vjp gives float0, and Equinox leaves integers out
+            refused = _num_gradients(changed) < _num_gradients(closed)
+        if refused:
+            raise TypeError(why)
 
 
-def _argument_paths(static: _Static) -> list[str]:
-    """The path of each argument leaf inside its own argument."""
-    indices = jax.tree.unflatten(static.treedef, range(static.treedef.num_leaves))
-    flat, _ = jax.tree_util.tree_flatten_with_path(indices)
-    groups: dict[Any, list[Any]] = {}
-    for key_path, _ in flat:  # (args or kwargs), which argument, then the path inside it
-        groups.setdefault(key_path[:2], []).append(key_path[2:])
-    return [path for key_paths in groups.values() for path in tree.path_strings(key_paths)]
+def _arising(jaxpr: Any, shapes: set[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """The shapes for which an array that ends in one is made of arrays that do not."""
+
+    def ends(atoms: Iterable[Any]) -> set[tuple[int, ...]]:
+        seen = {tuple(getattr(atom.aval, "shape", ())) for atom in atoms}
+        return {shape for shape in shapes if any(x[-len(shape) :] == shape for x in seen)}
+
+    found = set()
+    for eqn in _live_equations(_open(jaxpr)[0]) if shapes else ():
+        inner = list(_inner_jaxprs(eqn))
+        made = ends(eqn.outvars)
+        found |= made if inner or not made else made - ends(eqn.invars)
+        found.update(*(_arising(each, shapes) for each in inner))
+    return found
+
+
+def _num_gradients(closed: Any) -> int:
+    """How many results are arrays that could be gradients."""
+    return sum(var.aval.dtype != jax.dtypes.float0 for var in _open(closed)[0].outvars)
 
 
 def _report_captured(closed: Any, operands: Sequence[Any], context: Context) -> None:
@@ -205,10 +203,15 @@ def _all_constants(jaxpr: Any) -> Iterator[Any]:
     opened, consts = _open(jaxpr)
     yield from consts
     for eqn in opened.eqns:
-        for param in eqn.params.values():
-            for inner in param if isinstance(param, tuple | list) else (param,):
-                if isinstance(inner, jex.Jaxpr | jex.ClosedJaxpr):
-                    yield from _all_constants(inner)
+        for inner in _inner_jaxprs(eqn):
+            yield from _all_constants(inner)
+
+
+def _inner_jaxprs(eqn: Any) -> Iterator[Any]:
+    for param in eqn.params.values():
+        for inner in param if isinstance(param, tuple | list) else (param,):
+            if isinstance(inner, jex.Jaxpr | jex.ClosedJaxpr):
+                yield inner
 
 
 def _dense(value: Any, primitive: str, context: Context) -> Any:

@@ -77,6 +77,10 @@ class ArrayLeaf:
         """The paths of all weights in this leaf: several, once the function joined some."""
         return (self.name(),)
 
+    def why_frozen(self, path: str) -> str | None:
+        """Why a function may not differentiate with respect to this leaf; None where it may."""
+        return None
+
     def unstack(self) -> tuple[Any, Callable[[Any], "ArrayLeaf"]] | None:
         """Cuts the leading axis for a scan: what to scan over, and the leaf of one slice of it.
 

@@ -26,7 +26,7 @@ from jlora.leaf import ArrayLeaf, half_of_a_tree, is_array_leaf
 from jlora.lora_config import Axis, LoraConfig
 from jlora.lowrank import LowRank
 from jlora.packed_products import PackedLowRank
-from jlora.quant import QuantArray, dequantize
+from jlora.quant import QuantArray, dequantize, guarded
 from jlora.rows import RowsArray, choose_rows
 from jlora.targets import choose, leaves_by_path
 from jlora.usage import find_weights
@@ -158,6 +158,10 @@ class LoraArray(ArrayLeaf):
         """The weight itself, whose type has its placement on a mesh."""
         return self.w if isinstance(self.w, jax.Array) else super().placeholder()
 
+    def why_frozen(self, path: str) -> str | None:
+        """The gradient of the sum is that of the weight."""
+        return self.w.why_frozen(path) if is_array_leaf(self.w) else None
+
     def enter(self, path: str) -> ArrayLeaf:
         """The leaf as rules want it."""
         return self.low_rank(path)
@@ -199,8 +203,7 @@ class LoraArray(ArrayLeaf):
 
     def present(self) -> dict[str, Any]:
         """The arrays beside the weight that are here: all, or those of one half of a split."""
-        values = {name: getattr(self, name) for name in self.arrays}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: x for name in self.arrays if (x := getattr(self, name)) is not None}
 
     def of_layers(self, index: Any) -> dict[str, Any]:
         """`present`, the arrays of a stack cut to some of its layers by an index."""
@@ -494,7 +497,7 @@ def merge_params(params: Any, *, dtype: Any = None, requantize: bool = False) ->
         base = leaf.w.materialise() if is_array_leaf(leaf.w) else leaf.w
         return dataclasses.replace(leaf, w=base.astype(wide)).materialise().astype(dtype)
 
-    return jax.tree.map(merge, params, is_leaf=is_array_leaf)
+    return jax.tree.map(merge, guarded(params), is_leaf=is_array_leaf)
 
 
 def count_parameters(

@@ -83,6 +83,10 @@ def head_cross_entropy(
     def chunk_loss(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> Any:
         return cross_entropy(head(hidden), targets, mask)
 
+    def nothing(like: Callable[..., Any], *args: Any) -> Any:
+        # Zeros that vary over the same axes of a shard_map as the result does.
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(like, *args))
+
     @jax.checkpoint
     def add_chunk(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         return total + chunk_loss(*chunk)[0], None
@@ -96,19 +100,19 @@ def head_cross_entropy(
             slope = slope.astype(logits.dtype if narrow_head is None else states.dtype)
             return cross_entropy(logits, *rest)[0], back(slope)[0]
 
-        def skip() -> tuple[jax.Array, jax.Array]:
-            return jnp.float32(0), jnp.zeros_like(chunk[0])
-
         # Not differentiated: a branch would hand out the whole head as what its gradient needs.
-        loss, slope = jax.lax.cond(jnp.any(chunk[2] > 0), compute, skip)
+        loss, slope = jax.lax.cond(jnp.any(chunk[2] > 0), compute, lambda: nothing(compute))
         return total + loss, slope
 
     states = chunked(hidden)
     chunks = states, chunked(targets), chunked(loss_mask)
+    zero, _ = nothing(chunk_loss, *(x[0] for x in chunks))
     if not head_is_frozen:
-        return jax.lax.scan(add_chunk, jnp.float32(0), chunks)[0], jnp.sum(loss_mask)
-    still = jax.lax.stop_gradient(chunks)
-    total, slopes = jax.lax.scan(add_frozen_chunk, jnp.float32(0), still)
+        return jax.lax.scan(add_chunk, zero, chunks)[0], jnp.sum(loss_mask)
+    # Where the loss varies over more axes than the states, the slope is of each device's own loss.
+    states = jnp.where(zero == 0, states, 0)
+    still = jax.lax.stop_gradient((states, *chunks[1:]))
+    total, slopes = jax.lax.scan(add_frozen_chunk, zero, still)
     return _with_slope(total, states, slopes), jnp.sum(loss_mask)
 
 

@@ -24,7 +24,8 @@ __all__ = ["LogitError", "MergeError", "WeightError", "logit_errors", "merge_err
 class WeightError:
     """What a merge does to one weight `w` with the update `u = scaling * a @ b`.
 
-    Norms are Frobenius norms over the whole leaf, in float64; `base` is what `w` stands for.
+    Norms are Frobenius norms over the whole leaf, in float64; `base` is what `w` stands for. Where
+    `config.init` changed it, `u` is what was trained, and `base` what training began from.
 
     Attributes:
       path: of the weight.
@@ -118,7 +119,8 @@ def merge_error(
     Args:
       params: a tree from `init`, over plain or quantised weights.
       base: the original weights, a tree of the base's structure, where a quantised base is to be
-        merged into those.
+        merged into those. Where `config.init` changed the base, the tree of adapters for them, as
+        `jlora.variants.to_plain_lora` gives it.
       fn: called as `fn(params, *args)`; its first result is taken as logits `[..., classes]`.
       args: further arguments of `fn`: the sample.
 
@@ -161,7 +163,11 @@ def _layers(leaf: LoraArray, original: Any) -> Iterator[tuple[LoraArray, Any]]:
         else:
             w = leaf.w[cut]
         layer = dataclasses.replace(leaf, w=w, axes=axes, **leaf.of_layers(index))
-        yield layer, None if original is None else original[cut]
+        if isinstance(original, LoraArray):
+            arrays = original.of_layers(index)
+            yield layer, dataclasses.replace(original, w=original.w[cut], axes=axes, **arrays)
+        else:
+            yield layer, None if original is None else original[cut]
 
 
 def _weight_error(path: str, leaf: LoraArray, original: Any) -> WeightError:
@@ -186,15 +192,23 @@ _requantised = jax.jit(functools.partial(merge_params, requantize=True))
 
 
 def _sums(layer: LoraArray, source: Any) -> dict[str, float]:
-    """Squared norms for one matrix, and an inner product."""
+    """Squared norms for one matrix, and an inner product.
+
+    `source` is what the adapter is merged into; or, where that takes another one, with it.
+    """
     quantised = isinstance(layer.w, QuantArray)
     w = _dense(layer.w)
-    into = w if source is None else jnp.asarray(source)
-    base, product = _double(w), _update(layer)
-    update = layer.apply(base, product) - base
-    target = base if source is None else _double(into)
-    merged = _double(_merged(dataclasses.replace(layer, w=into)))
-    exact = layer.apply(target, product)
+    base = _double(w)
+    trained = layer.apply(base, _update(layer))
+    if isinstance(source, LoraArray):
+        written = dataclasses.replace(source, w=jnp.asarray(source.w))
+        base = trained - _update(written)
+    else:
+        written = dataclasses.replace(layer, w=w if source is None else jnp.asarray(source))
+    update = trained - base
+    target = base if source is None else _double(written.w)
+    merged = _double(_merged(written))
+    exact = written.apply(target, _update(written))
     sums = {
         "base": _square(base),
         "update": _square(update),
@@ -271,7 +285,10 @@ def logit_errors(
 def _on_original(params: Any, originals: Any) -> Any:
     def replace(path: str, leaf: Any) -> Any:
         if isinstance(leaf, LoraArray):
-            return dataclasses.replace(leaf, w=jnp.asarray(originals[path]))
+            own = originals[path]
+            if isinstance(own, LoraArray):
+                return own
+            return dataclasses.replace(leaf, w=jnp.asarray(own))
         return originals[path] if isinstance(leaf, QuantArray) else leaf
 
     return map_with_path(replace, params, is_leaf=is_array_leaf)

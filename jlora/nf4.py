@@ -73,7 +73,10 @@ def pack(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     blocks = w.astype(jnp.float32).reshape(*w.shape[:-1], -1, BLOCK)
     absmax = jnp.abs(blocks).max(axis=-1)
-    scaled = jnp.clip(blocks * (1 / jnp.where(absmax > 0, absmax, 1))[..., None], -1, 1)
+    # The reciprocal of more than 2**126 is too small for backends that take subnormals for zero.
+    down, _ = _range(absmax)
+    inverse = 1 / (jnp.where(absmax > 0, absmax, 1) * down)
+    scaled = jnp.clip((blocks * down[..., None]) * inverse[..., None], -1, 1)
     # Strictly above a threshold: a tie takes the lower code.
     nibbles = sum((scaled > t).astype(jnp.uint8) for t in _THRESHOLDS)
     pairs = jnp.asarray(nibbles).reshape(*w.shape[:-1], -1, 2)
@@ -109,7 +112,8 @@ def compress(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     groups = num_groups(*absmax.shape)
     padded = jnp.pad(flat, (0, groups * GROUP - flat.size)).reshape(groups, GROUP)
     largest = jnp.abs(padded).max(axis=-1)
-    scaled = padded / jnp.where(largest > 0, largest, 1)[:, None]
+    down, _ = _range(largest)
+    scaled = (padded * down[:, None]) / (jnp.where(largest > 0, largest, 1) * down)[:, None]
     place = jnp.floor((scaled + 1) * 32767.5 + 0.5).astype(jnp.int32)
     codes = jnp.asarray(_CODE_ON_GRID).at[place].get(mode="promise_in_bounds")
     return codes.reshape(-1)[: flat.size].reshape(absmax.shape), largest, offset
@@ -155,6 +159,8 @@ def _mean(x: jax.Array) -> jax.Array:
     The reference adds in float32, in an order that depends on the processor: its mean of float32
     weights can differ in the last place.
     """
+    down, up = _range(x.max())  # or the sum would overflow
+    x = x * down
     size = 1 << max(0, x.size - 1).bit_length()
     high = jnp.pad(x, (0, size - x.size))
     low = jnp.zeros_like(high)
@@ -166,4 +172,10 @@ def _mean(x: jax.Array) -> jax.Array:
         low = low[:size] + low[size:] + ((a - (high - part)) + (b - part))
     # Counted, not written down: by a constant, XLA multiplies with its rounded reciprocal.
     count = (x == x).sum().astype(jnp.float32)
-    return (high[0] + low[0]) / count
+    return (high[0] + low[0]) / count * up
+
+
+def _range(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Powers of two to take large values down and up again with; 1 for others, to the bit."""
+    is_large = largest > 2.0**90
+    return jnp.where(is_large, 2.0**-64, 1.0), jnp.where(is_large, 2.0**64, 1.0)

@@ -7,7 +7,7 @@ made so far. What uses do with it is in `packed_rules.py`.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora.leaf import ArrayLeaf, half_of_a_tree
 from jlora.lora_config import Axis
 
-__all__ = ["Move", "Packed", "QuantArray", "matrices_to_weight", "num_parts", "weight_to_matrices"]
+__all__ = [
+    "Move",
+    "Packed",
+    "QuantArray",
+    "frozen",
+    "matrices_to_weight",
+    "num_parts",
+    "weight_to_matrices",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,8 @@ class QuantArray(ArrayLeaf):
       dtype_name: of the weight that this stands for.
       padding: columns that were added to fill the last block.
     """
+
+    format: ClassVar[str]  # as `quantize` calls it
 
     codes: Any
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
@@ -108,16 +118,23 @@ class QuantArray(ArrayLeaf):
         """What messages call a leaf that is in no tree."""
         return type(self).__name__
 
+    def why_frozen(self, path: str) -> str:
+        """It is stored in too few bits for a step of training."""
+        weight = repr(path) if path else f"A weight of shape {self.shape}"
+        return (
+            f"{weight} is quantised ({self.format}) and frozen: it has no gradient. Train adapters "
+            "on top of it: jlora.init, then differentiate with respect to the trainable tree of "
+            "jlora.split, outside of jlora.adapt. Or restore it first, with jlora.dequantize."
+        )
+
     def enter(self, path: str) -> "Packed":
         """The leaf as rules want it, for a leaf found at `path`."""
         axes, sizes = self._roles()
-        return Packed(
-            _frozen(dataclasses.replace(self, axes=axes, sizes=sizes), path), (), (), path
-        )
+        return Packed(frozen(dataclasses.replace(self, axes=axes, sizes=sizes), path), (), (), path)
 
     def materialise(self) -> jax.Array:
         """The dense weight."""
-        array = _frozen(self, self.name())
+        array = frozen(self, "")
         return matrices_to_weight(array.unpack(), array.shape, array._roles()[0])
 
     def divisible(self) -> "QuantArray":
@@ -301,7 +318,7 @@ class Packed(ArrayLeaf):
         return dataclasses.replace(self, array=jax.tree.map(lax.stop_gradient, self.array))
 
 
-def _frozen(array: QuantArray, path: str) -> QuantArray:
+def frozen(array: QuantArray, path: str) -> QuantArray:
     """The stored arrays, behind an error for whoever differentiates with respect to them."""
 
     @jax.custom_jvp
@@ -310,10 +327,7 @@ def _frozen(array: QuantArray, path: str) -> QuantArray:
 
     @identity.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        raise TypeError(
-            f"{path!r} is quantised ({type(array).__name__}) and frozen: it has no gradient. "
-            "Differentiate with respect to the trainable tree of jlora.split only."
-        )
+        raise TypeError(array.why_frozen(path))
 
     return jax.tree.map(
         lambda x: identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, array

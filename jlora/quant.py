@@ -22,7 +22,7 @@ from jlora import packed_products as _products  # noqa: F401  registers rules
 from jlora import packed_rules as _rules  # noqa: F401
 from jlora.leaf import is_array_leaf
 from jlora.lora_config import Axis, LoraConfig
-from jlora.packed import QuantArray, weight_to_matrices
+from jlora.packed import QuantArray, frozen, weight_to_matrices
 from jlora.targets import choose, leaves_by_path
 from jlora.tree import Pattern
 from jlora.usage import find_weights
@@ -37,6 +37,7 @@ __all__ = [
     "check_finite",
     "dequantize",
     "format_of",
+    "guarded",
     "pack_weight",
     "placements",
     "quantize",
@@ -63,6 +64,8 @@ class NF4Array(QuantArray):
       absmax_scale: `Float32[*stack groups]`, one for each 256 absmax codes; None without.
       absmax_offset: `Float32[*stack]`, the mean of the absmax values; None without.
     """
+
+    format = "nf4"
 
     absmax: Any
     absmax_scale: Any
@@ -150,6 +153,8 @@ class _PerChannel(QuantArray):
 class Int8Array(_PerChannel):
     """A weight in eight bits, the nearest of 255 steps, with one scale for each output channel."""
 
+    format = "int8"
+
     def pack_like(self, w: jax.Array) -> "Int8Array":
         """Another weight of this shape in this format."""
         return pack_weight(w.astype(self.dtype), self.axes, "int8")  # pyright: ignore[reportReturnType]
@@ -159,6 +164,8 @@ class Int8Array(_PerChannel):
 @dataclasses.dataclass(frozen=True)
 class Float8Array(_PerChannel):
     """A weight in float8 (e4m3, arXiv:2209.05433) with one scale for each output channel."""
+
+    format = "float8"
 
     def pack_like(self, w: jax.Array) -> "Float8Array":
         """Another weight of this shape in this format."""
@@ -383,13 +390,26 @@ def dequantize(params: Any, *, dtype: Any = None) -> Any:
             return jax.eval_shape(type(leaf).materialise, leaf)
         return leaf.materialise()
 
-    return jax.tree.map(unpack, params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+    return jax.tree.map(unpack, guarded(params), is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+
+
+def guarded(params: Any) -> Any:
+    """The tree with quantised weights that say their path where their gradient is asked for."""
+
+    def has_arrays(x: Any) -> bool:
+        return isinstance(x, QuantArray) and isinstance(x.codes, jax.Array)
+
+    def guard(path: str, leaf: Any) -> Any:
+        return jax.tree.map(
+            lambda x: frozen(x, path) if has_arrays(x) else x, leaf, is_leaf=has_arrays
+        )
+
+    return tree.map_with_path(guard, params, is_leaf=is_array_leaf)
 
 
 def format_of(leaf: QuantArray) -> Format:
     """The format of a quantised weight, as `quantize` calls it."""
-    names: dict[type, Format] = {NF4Array: "nf4", Int8Array: "int8", Float8Array: "float8"}
-    return names[type(leaf)]
+    return leaf.format  # pyright: ignore[reportReturnType]
 
 
 def placements(leaf: QuantArray, sharding: NamedSharding) -> Any:

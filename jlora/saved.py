@@ -175,27 +175,37 @@ merged weight; to the update: erased and noise, the part of it that packing the 
 would take away, and all that this would change; shift, from what training saw to the original."""
 
 
-def merge_report(folder: str | os.PathLike[str], params: Any, layers: int) -> str | None:
+def merge_report(
+    folder: str | os.PathLike[str], params: Any, layers: int, *, other_base: bool = False
+) -> str | None:
     """Says what merging a run on a quantised base costs, for each weight; None for another run.
 
     Args:
       folder: of the run.
       params: from `load_to_merge`: over the packed weights, or over the original ones.
       layers: the most layers of a stack to measure on, evenly spaced; 0 for none at all.
+      other_base: as in `load_run`.
     """
-    formats = config.load(Path(folder) / "config.yaml").model.formats
+    run = config.load(Path(folder) / "config.yaml")
+    formats = run.model.formats
     is_packed = _has_packed(params)
     if layers < 0:
         raise ValueError(f"--error-layers must be at least 0, got {layers}.")
     if layers < 1 or not (formats or is_packed):
         return None
+    trained = {}
+    if run.lora.init != "default" and not is_packed:  # then it cannot be packed from the originals
+        base = load_run(folder, lambda text: None, other_base=other_base)[0]
+        trained = leaves_by_path(base.params)
     rows = []
     for path, leaf in leaves_by_path(params).items():
         if not isinstance(leaf, jlora.LoraArray):
             continue
         leaf, base = _some_layers(leaf, layers), None
         fmt = None if is_packed else weights.format_at(path, formats)
-        if fmt is not None:
+        if path in trained:
+            base, leaf = {path: leaf}, _some_layers(trained[path], layers)
+        elif fmt is not None:
             base = {path: leaf.w}  # and beside it what training saw
             leaf = dataclasses.replace(leaf, w=pack_weight(leaf.w, leaf.axes, fmt))
         rows += jlora.merge_error({path: leaf}, base=base).rows

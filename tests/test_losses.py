@@ -80,3 +80,49 @@ def test_the_loss_by_chunks_equals_the_loss_of_all_logits(
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharded_head", [False, True])
+@pytest.mark.parametrize(("frozen", "narrow"), [(False, False), (True, False), (True, True)])
+def test_the_loss_by_chunks_works_in_a_shard_map(getkey, frozen, narrow, sharded_head):
+    """With the axes that each value varies over checked, as shard_map does by default."""
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(auto, auto))
+    hidden = jax.random.normal(getkey(), (8, 11, 4))
+    w = jax.random.normal(getkey(), (4, 12))
+    targets = jax.random.randint(getkey(), (8, 11), 0, 12)
+    mask = (jax.random.uniform(getkey(), (8, 11)) < 0.3).astype(jnp.float32).at[:4].set(0)
+
+    def whole(hidden, w):
+        return losses.cross_entropy(hidden @ w, targets, mask)
+
+    def chunked(hidden, w, targets, mask):
+        def head(h):
+            # With some columns of the kernel on each device, every one gathers all logits.
+            return jax.lax.all_gather(h @ w, "model", axis=2, tiled=True) if sharded_head else h @ w
+
+        loss, count = losses.head_cross_entropy(
+            head, hidden, targets, mask, chunk_tokens=6, head_is_frozen=frozen,
+            narrow_head=head if narrow else None,
+        )  # fmt: skip
+        if sharded_head:  # both devices computed the same
+            loss = jax.lax.psum(loss, "model") / 2
+        return jax.lax.psum((loss, count), "data")
+
+    rows, kernel = jax.P("data"), jax.P(None, "model" if sharded_head else None)
+    mapped = jax.shard_map(
+        chunked, mesh=mesh, in_specs=(rows, kernel, rows, rows), out_specs=jax.P()
+    )
+
+    def sharded(hidden, w):
+        return mapped(hidden, w, targets, mask)
+
+    for_what = 0 if frozen else (0, 1)
+    (got, got_count), got_grads = jax.jit(
+        jax.value_and_grad(sharded, argnums=for_what, has_aux=True)
+    )(hidden, w)
+    (expected, count), grads = jax.value_and_grad(whole, argnums=for_what, has_aux=True)(hidden, w)
+    assert got_count == count
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -129,3 +129,46 @@ def test_merging_packs_again_what_was_packed(fmt, limit):
     assert all(wide[name].dtype == jnp.float32 for name in ("layers", "head"))
     with pytest.raises(ValueError, match="leave dtype out"):
         jlora.merge_params(params, dtype=jnp.float32, requantize=True)
+
+
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+def test_where_the_init_changed_the_base_the_figures_are_of_what_was_trained(init):
+    original = {"w": (0.2 * jax.random.normal(jax.random.key(0), (3, 64, 64))).astype(jnp.bfloat16)}
+    axes = {"w": ("stack", "in", "out")}
+    packed = jlora.quantize(original, "nf4", axes=axes)
+    config = jlora.LoraConfig(rank=2, alpha=2, targets="w", axes=axes, init=init)
+    start = jlora.init(jax.random.key(1), packed, config, base=original)
+    leaf = start["w"]
+    moved = dataclasses.replace(
+        leaf,
+        a=leaf.a + 0.3 * jax.random.normal(jax.random.key(2), leaf.a.shape),
+        b=leaf.b + 0.3 * jax.random.normal(jax.random.key(3), leaf.b.shape),
+    )
+    plain, _ = jlora.variants.to_plain_lora(start, {"w": moved}, config, base=original)
+
+    def sample(params, x):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, params["w"])[0]
+
+    error = jlora.merge_error({"w": moved}, base=plain, fn=sample, args=(X,))
+    (row,) = error.rows
+    base, update = exact(moved, jlora.dequantize(moved.w))
+    begun = base + exact(leaf, 0.0)[1]
+    trained = base + update
+    learned = trained - begun
+    merged = np.asarray(jlora.merge_params(plain)["w"], np.float64)
+    again = jlora.dequantize(jlora.merge_params(moved, requantize=True))
+    change = np.asarray(again, np.float64) - begun
+    source = np.asarray(original["w"], np.float64)
+    norm = np.linalg.norm
+    wanted = {
+        "update": norm(learned) / norm(begun),
+        "rounding": norm(merged - source - learned) / norm(source + learned),
+        "erased": 1 - np.vdot(change, learned) / np.vdot(learned, learned),
+        "noise": norm(change - learned) / norm(learned),
+        "shift": norm(source - begun) / norm(learned),
+    }
+    for name, value in wanted.items():
+        assert getattr(row, name) == pytest.approx(value, rel=1e-4), name
+    by_way = {x.way: x for x in error.logits}
+    got = jlora.adapt(sample)(jlora.merge_params(plain), X) - jlora.adapt(sample)({"w": moved}, X)
+    assert by_way["original"].largest == pytest.approx(float(jnp.abs(got).max()), rel=1e-4)

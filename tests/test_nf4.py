@@ -243,3 +243,19 @@ def test_jit_and_vmap_change_no_bit():
     for run in (mapped, jax.jit(jax.vmap(store_and_restore))):
         for got, wanted in zip(run(stack), zip(*eager)):
             np.testing.assert_array_equal(got, jnp.stack(wanted))
+
+
+@pytest.mark.parametrize("magnitude", [1e38, 3.4e38])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_the_largest_float32_weights_are_stored_like_others(bnb, magnitude, everywhere):
+    """But for the second level as bitsandbytes does, where the sum of its scales overflows."""
+    w = draw((32, 128), 5)
+    w = w / np.abs(w).max()
+    if not everywhere:
+        w[1:] *= np.float32(2.0**-100)
+    unit = np.float32(2.0 ** np.floor(np.log2(magnitude)))
+    got, small = packed_here(w * unit), packed_here(w)
+    for name in ("single", "double"):
+        np.testing.assert_array_equal(got[name], small[name] * unit)
+    w = w * np.float32(magnitude)
+    assert_bit_equal(packed_here(w), packed_by_reference(bnb, w), ["codes", "absmax", "single"])

@@ -80,13 +80,14 @@ def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
     if quantised:  # the row of the original weights is about the model that is written
         written = tmp_path / "original"
         capsys.readouterr()
-        options = ["--error-layers", "0", "--error-text", "def f(x): return x"]
+        options = ["--error-layers", "2", "--error-text", "def f(x): return x"]
         assert cli.main(["merge", str(whole), "-o", str(written), *options]) == 0
-        row = next(
-            line.split()
-            for line in capsys.readouterr().out.splitlines()
-            if line.startswith("original ")
-        )
+        lines = capsys.readouterr().out.splitlines()
+        row = next(line.split() for line in lines if line.startswith("original "))
+        for figures in jlora.merge_error(trained.params, base=on_original.params).rows:
+            (shown,) = (line.split() for line in lines if line.startswith(figures.path))
+            for number, name in zip(shown[1:], ("update", "rounding", "worst", "erased", "noise")):
+                assert float(number) == pytest.approx(getattr(figures, name), rel=0.01), name
         tokens = jnp.asarray([trained.tokenizer.encode("def f(x): return x")])
         model, params = models.load(written)
         change = model.apply({"params": params}, tokens) - logits(trained, trained.params, tokens)

@@ -12,17 +12,18 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 # The order of dependency and of reading. A module imports only from modules above it.
 # fmt: off
 ORDER = [
-    "tree", "leaf", "interpret", "usage", "lowrank", "products", "joined", "lora_config", "targets",
-    "nf4", "packed", "packed_rules", "packed_products", "quant", "rows", "lora", "dora", "vera",
-    "merging", "summary", "variants", "measured", "factors", "alignment", "extraction",
-    "arithmetic", "optim", "sharding", "models.remat", "models.splash", "models.attention",
-    "models.rotary", "models.decoder_config", "models.cache", "models.layers", "models.moe",
-    "models.decoder", "models.slices", "models.weights", "models.bnb", "models.hf_families",
-    "models.hf_rope", "models.hf_config", "models.hf_names", "models.hf", "models.gguf_tokenizer",
-    "models.gguf", "models.packed_cache", "models.hub", "models", "fingerprint", "peft_names",
-    "peft_folder", "peft_read", "peft_vera", "peft", "multihost", "checkpoint", "chat", "tokens",
-    "packing", "data", "docstrings", "losses", "train", "objective", "generate", "hardware",
-    "shapes", "bench", "base", "dialogue", "config", "report", "process", "devices", "fresh", "run",
+    "tree", "leaf", "calls", "interpret", "usage", "lowrank", "products", "joined",
+    "lora_config", "targets", "nf4", "packed", "packed_rules", "packed_products", "quant",
+    "rows", "lora", "dora", "vera", "merging", "summary", "variants", "measured", "factors",
+    "alignment", "extraction", "arithmetic", "optim", "sharding", "models.remat",
+    "models.splash", "models.attention", "models.rotary", "models.decoder_config",
+    "models.cache", "models.layers", "models.moe", "models.decoder", "models.slices",
+    "models.weights", "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config",
+    "models.hf_names", "models.hf", "models.gguf_tokenizer", "models.gguf",
+    "models.packed_cache", "models.hub", "models", "fingerprint", "peft_names", "peft_folder",
+    "peft_read", "peft_vera", "peft", "multihost", "checkpoint", "chat", "tokens", "packing",
+    "data", "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes",
+    "bench", "base", "dialogue", "config", "report", "process", "devices", "fresh", "run",
     "saved", "hlo", "topology", "gpus", "plan", "plan_report", "suggest", "arguments", "cli",
 ]
 # fmt: on
