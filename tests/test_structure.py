@@ -22,8 +22,9 @@ ORDER = [
     "models.gguf", "models.packed_cache", "models.hub", "models", "fingerprint", "peft_names",
     "peft_folder", "peft_read", "peft_vera", "peft", "multihost", "checkpoint", "chat", "tokens",
     "packing", "data", "docstrings", "losses", "train", "objective", "generate", "hardware",
-    "shapes", "bench", "base", "dialogue", "config", "report", "process", "devices", "fresh", "run",
-    "saved", "hlo", "topology", "gpus", "plan", "plan_report", "suggest", "arguments", "cli",
+    "shapes", "bench", "base", "dialogue", "config_checks", "config", "report", "process",
+    "devices", "fresh", "run", "saved", "hlo", "topology", "gpus", "plan", "plan_report", "suggest",
+    "arguments", "cli",
 ]
 # fmt: on
 
