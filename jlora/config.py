@@ -106,18 +106,22 @@ class DataConfig(_Section):
     pack: bool = True
 
 
-_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)"
+_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)|eva|lora_ga|qera"
 
 
 def _init(name: str) -> str:
     if not re.fullmatch(_INITS, name):
-        text = "default, pissa, pissa_niter_16, olora, loftq or loftq_iter_5"
+        text = "default, pissa, pissa_niter_16, olora, loftq, loftq_iter_5, eva, lora_ga or qera"
         raise pydantic_core.PydanticCustomError("init", "{text}", {"text": text})
     return name
 
 
 class LoraSection(_Section):
-    """What to adapt and how it starts; the fields of `jlora.LoraConfig`."""
+    """What to adapt and how it starts; the fields of `jlora.LoraConfig`, and one more.
+
+    Attributes:
+      init_batches: of the training rows, that eva, lora_ga and qera are measured on.
+    """
 
     rank: _Count = 16
     alpha: _Positive = 32.0
@@ -132,6 +136,7 @@ class LoraSection(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     variant: Literal["lora", "dora", "vera"] = "lora"
     init: Annotated[str, pydantic.AfterValidator(_init)] = "default"
+    init_batches: _Count = 8
 
 
 class OptimConfig(_Section):

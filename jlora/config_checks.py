@@ -39,11 +39,13 @@ def check(config: Any, path: Path) -> None:
     if config.eval.patience and not config.eval.every:
         raise ValueError(f"{path}: eval.patience counts evaluations: set eval.every too.")
 
-    if config.lora.init.startswith("loftq") and config.model.quantize is None:
+    init = config.lora.init
+    if init.startswith(("loftq", "qera")) and config.model.quantize is None:
         raise ValueError(
-            f"{path}: lora.init={config.lora.init} makes up for the error of quantising: set "
-            "model.quantize, for instance to nf4."
+            f"{path}: lora.init={init} makes up for the error of quantising: set model.quantize, "
+            "for instance to nf4."
         )
-    if config.lora.init != "default" and config.lora.variant != "lora":
-        both = f"lora.init={config.lora.init} changes the base, lora.variant measures it"
+    if init != "default" and config.lora.variant != "lora":
+        how = "measures" if init == "eva" else "changes"
+        both = f"lora.init={init} {how} what lora.variant={config.lora.variant} starts from"
         raise ValueError(f"{path}: {both}: choose one of the two.")

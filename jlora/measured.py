@@ -1,8 +1,8 @@
-"""Adapters that start from data: EVA and LoRA-GA, measured through `adapt` on a few batches.
+"""Adapters that start from data: EVA, LoRA-GA and QERA, measured through `adapt` on a few batches.
 
-Neither builds an array of a weight's size: what is wanted of a large matrix, its leading singular
-vectors, is found by subspace iteration (arXiv:0909.4061), and a step of that on inputs or on
-gradients is what the gradient of an adapter's factor gives.
+None builds what it measures of a weight, as a matrix of inputs or of gradients: what is wanted of
+it, its leading singular vectors, is found by subspace iteration (arXiv:0909.4061), and a step of
+that is what the gradient of an adapter's factor gives.
 """
 
 import dataclasses
@@ -17,10 +17,13 @@ import jax.numpy as jnp
 from jlora.leaf import Equation, is_array_leaf, product_sides, rule
 from jlora.lora import LoraArray, LoraConfig, initialiser, leaves_by_path, merge_params
 from jlora.lowrank import LowRank, contract
+from jlora.packed import weight_to_matrices
 from jlora.products import name_axes
+from jlora.quant import QuantArray
 from jlora.tree import map_with_path
+from jlora.variants import without_stack
 
-__all__ = ["eva", "lora_ga"]
+__all__ = ["eva", "lora_ga", "qera", "take_from_base"]
 
 _SPARE = 8  # columns beyond those that are wanted, for a subspace that settles sooner
 
@@ -94,18 +97,23 @@ def lora_ga(
             leaf, a=a.reshape(leaf.a.shape).astype(leaf.a.dtype),
             b=b.reshape(leaf.b.shape).astype(leaf.b.dtype),
         )  # fmt: skip
-        without = dataclasses.replace(leaf, a=-leaf.a)
-        return dataclasses.replace(leaf, w=merge_params(without, requantize=is_array_leaf(leaf.w)))
+        return take_from_base(leaf)
 
     changed = dataclasses.replace(config, init="lora_ga")
     return map_with_path(start, params, is_leaf=is_array_leaf), changed
 
 
-@initialiser(r"lora_ga")
+def take_from_base(leaf: LoraArray) -> LoraArray:
+    """The leaf with a base less its update, in the base's dtype or format."""
+    without = dataclasses.replace(leaf, a=-leaf.a)
+    return dataclasses.replace(leaf, w=merge_params(without, requantize=is_array_leaf(leaf.w)))
+
+
+@initialiser(r"eva|lora_ga|qera")
 def _needs_data(match: Any, key: jax.Array, params: Any, base: Any) -> Any:
     raise ValueError(
-        "init='lora_ga' starts from gradients: call jlora.init with init='default', and "
-        "jlora.measured.lora_ga with a loss and batches on what it gives."
+        f"init={match[0]!r} starts from data: call jlora.init with init='default', and "
+        f"jlora.measured.{match[0]} with batches on what it gives."
     )
 
 
@@ -156,8 +164,7 @@ def eva(
         )[0]
         for i, (path, leaf) in enumerate(leaves.items())
     }
-    watched = {path: _Watched(**_fields(leaf)) for path, leaf in leaves.items()}
-    gradients = _gradients(params, lambda p, batch: _total(fn(p, batch)), batches, watched)
+    gradients = _moments(params, fn, batches, leaves)
     moments, energy = gradients(ins, None)
     for _ in range(iterations):
         ins = {path: jnp.linalg.qr(x)[0] for path, x in moments.items()}
@@ -182,6 +189,136 @@ def eva(
 
     tree = map_with_path(start, params, is_leaf=is_array_leaf)
     return tree, _with_ranks(config, leaves, ranks)
+
+
+def qera(
+    key: jax.Array,
+    params: Any,
+    config: LoraConfig,
+    fn: Callable[..., Any],
+    batches: Sequence[Any],
+    *,
+    base: Any,
+    iterations: int = 2,
+) -> tuple[Any, LoraConfig]:
+    """Starts from the best correction of what quantising did to the outputs (arXiv:2410.06040).
+
+    Of all updates of its rank, `scaling * a @ b` makes `sum(|x (w - q - scaling * a @ b)|**2)`
+    least, over the inputs `x` that the quantised weight `q` meets; `q` stays as it is. With the
+    error `e = w - q` and the leading eigenvectors `v` of `e.T @ x.T @ x @ e`, that update is `e @ v
+    @ v.T`: the paper's `R**-1/2 svd(R**1/2 e)` without an inverse, so there may be fewer inputs
+    than directions. Each column of `a` is as long as the row of `b` that it meets.
+
+    Args:
+      key: of the randomised decomposition.
+      params: a tree from `jlora.init` over quantised weights.
+      config: the config it was made with.
+      fn: `fn(params, batch)`, of any floating-point result; goes through `jlora.adapt`. Inputs are
+        those with adapters left out.
+      batches: a few; each is used `1 + iterations` times. All tokens count.
+      base: the weights before they were quantised, a tree of the base's structure.
+      iterations: of the subspace iteration.
+
+    Returns:
+      The tree with new factors, and the config with `init="qera"`: for the weights before
+      quantising, convert it with `jlora.variants.to_plain_lora`. Memory: `2 * rank + 8` columns for
+      each weight's inputs and outputs, twice, and float32 copies of one matrix at a time.
+
+    Raises:
+      ValueError: if there are no adapters or batches, a weight with an adapter is not quantised, or
+        `base` does not fit.
+    """
+    leaves, originals = _adapters(params), leaves_by_path(base)
+    for path, leaf in leaves.items():
+        if not isinstance(leaf.w, QuantArray):
+            raise ValueError(
+                f"QERA corrects what quantising did, and {path!r} is a plain array: call "
+                "jlora.quantize before jlora.init, and give the plain weights as base."
+            )
+        if getattr(originals.get(path), "shape", None) != leaf.shape:
+            raise ValueError(f"base has no weight of shape {leaf.shape} at {path!r}.")
+        if isinstance(originals[path], QuantArray):
+            raise ValueError(
+                f"QERA starts from what quantising lost, and {path!r} of base is quantised itself: "
+                "pass the weights as they were before jlora.quantize."
+            )
+    gradients = _moments(params, fn, batches, leaves)
+    errors = {path: _Error(leaf, jnp.asarray(originals[path])) for path, leaf in leaves.items()}
+    outs = {
+        path: jnp.linalg.qr(
+            jax.random.normal(
+                jax.random.fold_in(key, i),
+                _stacked(leaf, 1, min(2 * leaf.rank + _SPARE, *_sides(leaf))),
+            )
+        )[0]
+        for i, (path, leaf) in enumerate(leaves.items())
+    }
+    for step in range(iterations + 1):
+        along = {path: errors[path](v) for path, v in outs.items()}
+        moments, _ = gradients(along, None)
+        if step < iterations:
+            outs = {p: jnp.linalg.qr(errors[p](x, transposed=True))[0] for p, x in moments.items()}
+
+    def start(path: str, leaf: Any) -> Any:
+        if path not in leaves:
+            return leaf
+        _, vectors = jnp.linalg.eigh(_symmetric(_multiply(along[path].mT, moments[path])))
+        vectors = vectors[..., ::-1][..., : leaf.rank]
+        a, b = _multiply(along[path], vectors), _multiply(outs[path], vectors).mT
+        length = jnp.linalg.norm(a, axis=-2, keepdims=True)
+        root = jnp.sqrt(length / leaf.scaling)
+        # Where quantising lost nothing, the factors stay those of a default start.
+        found = length > 0
+        a = jnp.where(found, a / jnp.where(found, length, 1) * root, leaf.a.reshape(a.shape))
+        b = jnp.where(found.mT, b * root.mT, 0)
+        return dataclasses.replace(
+            leaf, a=a.reshape(leaf.a.shape).astype(leaf.a.dtype),
+            b=b.reshape(leaf.b.shape).astype(leaf.b.dtype),
+        )  # fmt: skip
+
+    changed = dataclasses.replace(config, init="qera")
+    return map_with_path(start, params, is_leaf=is_array_leaf), changed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Error:
+    """What quantising took from a weight, as a product with it: one matrix of a stack at a time."""
+
+    leaf: LoraArray
+    original: jax.Array
+
+    def __call__(self, x: jax.Array, *, transposed: bool = False) -> jax.Array:
+        """`e @ x`, or `e.T @ x`, for `x` `[*stack side columns]`."""
+        return _times_error(self.leaf.w, self.original, x, self.leaf.axes, transposed)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _times_error(
+    packed: QuantArray, original: jax.Array, x: jax.Array, axes: tuple[Any, ...], transposed: bool
+) -> jax.Array:
+    places = [axis for axis, role in enumerate(axes) if role == "stack"]
+    own = tuple(role for role in axes if role != "stack")
+    count = len(places)
+    original = jnp.moveaxis(original, places, range(count))
+
+    def one(layer: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
+        arrays, w, x = layer
+        q = without_stack(jax.tree.unflatten(jax.tree.structure(packed), arrays)).materialise()
+        e = w.astype(x.dtype) - q.astype(x.dtype)
+        e = weight_to_matrices(e, own)  # [out in]
+        return _multiply(e if transposed else e.mT, x)
+
+    layers = [y.reshape(-1, *y.shape[count:]) for y in (*jax.tree.leaves(packed), original, x)]
+    *arrays, original, columns = layers
+    out = jax.lax.map(one, (arrays, original, columns))
+    return out.reshape(*x.shape[:-2], *out.shape[1:])
+
+
+def _symmetric(x: jax.Array) -> jax.Array:
+    return (x + x.mT) / 2
+
+
+_multiply = functools.partial(jnp.matmul, precision="highest")
 
 
 def _with_ranks(
@@ -287,6 +424,14 @@ def _gradients(
         return {p: x[0] for p, x in total.items()}, {p: x[1] for p, x in total.items()}
 
     return gradients
+
+
+def _moments(
+    params: Any, fn: Callable[..., Any], batches: Sequence[Any], leaves: Mapping[str, LoraArray]
+) -> Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Likewise, to `x.T @ x @ a` of each weight's inputs and, for `b`, `sum(x**2)`."""
+    watched = {path: _Watched(**_fields(leaf)) for path, leaf in leaves.items()}
+    return _gradients(params, lambda p, batch: _total(fn(p, batch)), batches, watched)
 
 
 def _total(results: Any) -> jax.Array:

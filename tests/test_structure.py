@@ -23,8 +23,8 @@ ORDER = [
     "peft_folder", "peft_read", "peft_vera", "peft", "multihost", "checkpoint", "chat", "tokens",
     "packing", "data", "docstrings", "losses", "train", "objective", "generate", "hardware",
     "shapes", "bench", "base", "dialogue", "config_checks", "config", "report", "process",
-    "devices", "fresh", "run", "saved", "hlo", "topology", "gpus", "plan", "plan_report", "suggest",
-    "arguments", "cli",
+    "devices", "starts", "fresh", "run", "saved", "hlo", "topology", "gpus", "plan", "plan_report",
+    "suggest", "arguments", "cli",
 ]
 # fmt: on
 
