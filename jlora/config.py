@@ -106,12 +106,15 @@ class DataConfig(_Section):
     pack: bool = True
 
 
-_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)|eva|lora_ga|qera"
+_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)|eva|lora_ga|qera(_diagonal)?"
 
 
 def _init(name: str) -> str:
     if not re.fullmatch(_INITS, name):
-        text = "default, pissa, pissa_niter_16, olora, loftq, loftq_iter_5, eva, lora_ga or qera"
+        text = (
+            "default, pissa, pissa_niter_16, olora, loftq, loftq_iter_5, eva, lora_ga, qera or "
+            "qera_diagonal"
+        )
         raise pydantic_core.PydanticCustomError("init", "{text}", {"text": text})
     return name
 
@@ -120,7 +123,8 @@ class LoraSection(_Section):
     """What to adapt and how it starts; the fields of `jlora.LoraConfig`, and one more.
 
     Attributes:
-      init_batches: of the training rows, that eva, lora_ga and qera are measured on.
+      init_batches: of the training rows, that eva, lora_ga and qera are
+        measured on.
     """
 
     rank: _Count = 16

@@ -23,7 +23,7 @@ from jlora.leaf import is_array_leaf
 
 __all__ = ["FILE", "MEASURED", "calibration", "load", "measure", "save"]
 
-MEASURED = ("eva", "lora_ga", "qera")
+MEASURED = ("eva", "lora_ga", "qera", "qera_diagonal")
 FILE = "start.npz"
 
 Start = tuple[Any, jlora.LoraConfig]
@@ -75,7 +75,8 @@ def measure(
     fn = jlora.adapt(outputs)
     if init == "eva":
         return measured.eva(key, base.params, lora, fn, batches)
-    return measured.qera(key, base.params, lora, fn, batches, base=originals())
+    diagonal = init == "qera_diagonal"
+    return measured.qera(key, base.params, lora, fn, batches, base=originals(), diagonal=diagonal)
 
 
 def save(file: Path, start: Start, origin: Mapping[str, Any]) -> None:
