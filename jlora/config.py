@@ -16,6 +16,8 @@ import pydantic
 import pydantic_core
 import yaml
 
+from jlora import config_checks
+
 __all__ = ["RunConfig", "differences", "load", "save"]
 
 _Fraction = Annotated[float, pydantic.Field(ge=0, lt=1)]
@@ -114,18 +116,26 @@ class DataConfig(_Section):
     pack: bool = True
 
 
-_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)"
+_INITS = r"default|olora|(pissa(_niter_\d+)?)|(loftq(_iter_[1-9]\d*)?)|eva|lora_ga|qera(_diagonal)?"
 
 
 def _init(name: str) -> str:
     if not re.fullmatch(_INITS, name):
-        text = "default, pissa, pissa_niter_16, olora, loftq or loftq_iter_5"
+        text = (
+            "default, pissa, pissa_niter_16, olora, loftq, loftq_iter_5, eva, lora_ga, qera or "
+            "qera_diagonal"
+        )
         raise pydantic_core.PydanticCustomError("init", "{text}", {"text": text})
     return name
 
 
 class LoraSection(_Section):
-    """What to adapt and how it starts; the fields of `jlora.LoraConfig`."""
+    """What to adapt and how it starts; the fields of `jlora.LoraConfig`, and one more.
+
+    Attributes:
+      init_batches: of the training rows, that eva, lora_ga and qera are
+        measured on.
+    """
 
     rank: _Count = 16
     alpha: _Positive = 32.0
@@ -140,6 +150,7 @@ class LoraSection(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     variant: Literal["lora", "dora", "vera"] = "lora"
     init: Annotated[str, pydantic.AfterValidator(_init)] = "default"
+    init_batches: _Count = 8
 
 
 class OptimConfig(_Section):
@@ -292,7 +303,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate_json(json.dumps(raw, default=str))
     except pydantic.ValidationError as error:
         raise ValueError("\n  ".join([f"{path}:", *_explain(error.errors())])) from None
-    _check_together(config, path)
+    config_checks.check(config, path)
     return _with_absolute_paths(config)
 
 
@@ -454,48 +465,6 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-# What concerns several keys
-
-
-def _check_together(config: RunConfig, path: Path) -> None:
-    train, optim, data = config.train, config.optim, config.data
-    if (train.steps is None) == (train.epochs is None):
-        given = "both are there (set one to null)" if train.steps else "neither is there"
-        raise ValueError(f"{path}: give one of train.steps and train.epochs; {given}.")
-    if train.steps is not None and optim.warmup_steps >= train.steps:
-        raise ValueError(
-            f"{path}: optim.warmup_steps is {optim.warmup_steps}; it must be below train.steps, "
-            f"which is {train.steps}."
-        )
-    held_out = data.validation
-    if isinstance(held_out, int | float) and (isinstance(held_out, bool) or held_out <= 0):
-        raise ValueError(
-            f"{path}: data.validation: got {held_out!r}, expected more than 0 or null."
-        )
-    has_held_out = held_out is not None or data.train.startswith("builtin:")
-    if not has_held_out and (config.eval.every or config.eval.patience):
-        raise ValueError(
-            f"{path}: eval.every and eval.patience need held-out rows: set data.validation, for "
-            "instance to 0.05."
-        )
-    if config.eval.patience and not config.eval.every:
-        raise ValueError(f"{path}: eval.patience counts evaluations: set eval.every too.")
-
-    if config.model.quantize_embeddings and (config.model.new_tokens or config.lora.rows):
-        raise ValueError(
-            f"{path}: model.new_tokens and lora.rows train rows of tables in full precision: leave "
-            "out model.quantize_embeddings, or these."
-        )
-    if config.lora.init.startswith("loftq") and config.model.quantize is None:
-        raise ValueError(
-            f"{path}: lora.init={config.lora.init} makes up for the error of quantising: set "
-            "model.quantize, for instance to nf4."
-        )
-    if config.lora.init != "default" and config.lora.variant != "lora":
-        both = f"lora.init={config.lora.init} changes the base, lora.variant measures it"
-        raise ValueError(f"{path}: {both}: choose one of the two.")
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:

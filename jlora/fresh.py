@@ -1,6 +1,8 @@
 """What a run begins with: mesh, `LoraConfig`, and fresh adapters that are the same each time."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,17 +10,25 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jlora
-from jlora import config, devices
+from jlora import config, devices, packing, starts
 from jlora.base import Base, adapt_base, load_base
 from jlora.fingerprint import fingerprint
 from jlora.leaf import is_array_leaf
 
-__all__ = ["adapt_run", "lora_config", "make_mesh", "read_originals", "start_digest"]
+__all__ = [
+    "Rows",
+    "adapt_run",
+    "changes_base",
+    "lora_config",
+    "make_mesh",
+    "read_originals",
+    "start_digest",
+]
 
 
 def lora_config(run: config.RunConfig, base: Base | None = None) -> jlora.LoraConfig:
     """The `LoraConfig` of a run; given the base, with the rows of its new tokens."""
-    fields = run.lora.model_dump()
+    fields = run.lora.model_dump(exclude={"init_batches"})
     if base is not None and base.new_tokens:
         tables = ["embed_tokens"] + ["lm_head"] * (not base.model.config.tie_embeddings)
         if named := set(tables) & {*fields["rows"], *fields["train"], *fields["targets"]}:
@@ -45,19 +55,80 @@ def make_mesh(run: config.RunConfig, on: Sequence[Any]) -> Mesh | None:
     return mesh
 
 
-def adapt_run(run: config.RunConfig, base: Base) -> Base:
-    """Puts a run's fresh adapters into its base: each time the same, which nothing else keeps.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """What a start that needs data is measured on.
+
+    Attributes:
+      batches: of the run; the first ones are taken.
+      origin: what tells this data and base from others.
+      say: told that it is being measured, which takes its time.
+    """
+
+    batches: packing.Batches
+    origin: Mapping[str, Any]
+    say: Callable[[str], None]
+
+
+def adapt_run(
+    run: config.RunConfig, base: Base, folder: Path, rows: Rows | None = None
+) -> tuple[Base, jlora.LoraConfig]:
+    """Puts a run's fresh adapters into its base: each time the same.
+
+    What needs no data is made again from the seed; what was measured is in the run's folder.
+
+    Args:
+      run: the config.
+      base: without adapters.
+      folder: of the run.
+      rows: to measure on, if `folder` holds no start of such rows yet; None takes what it holds.
+
+    Returns:
+      The base, and the config of its adapters, whose ranks a start may have moved.
 
     Raises:
+      FileNotFoundError: if the start is measured, and neither there nor given rows.
       ValueError: if `lora.init` needs original weights and there are none.
     """
-    lora = lora_config(run, base)
-    return adapt_base(base, lora, jax.random.key(run.seed), originals=read_originals(run, base))
+    lora, key = lora_config(run, base), jax.random.key(run.seed)
+    if lora.init not in starts.MEASURED:
+        return adapt_base(base, lora, key, originals=read_originals(run, base)), lora
+
+    def adapt(lora: jlora.LoraConfig) -> Base:
+        return adapt_base(base, lora, key)
+
+    file = folder / starts.FILE
+    settings = run.model_dump(mode="json", include={"model", "data", "lora", "seed", "train"})
+    origin = None if rows is None else {**settings, **rows.origin}
+    begun = starts.load(file, adapt, origin)
+    if begun is None:
+        if rows is None:
+            raise FileNotFoundError(
+                f"There is no {file}, from which lora.init={lora.init} begins. jlora train of the "
+                "same run measures it again."
+            )
+        batches = starts.calibration(rows.batches, run.lora.init_batches)
+        rows.say(f"Measuring the start, lora.init={lora.init}, on {len(batches)} batches ...")
+        plain = dataclasses.replace(lora, init="default")
+        fresh = adapt(plain)
+        start = starts.measure(
+            lora.init, key, fresh, plain, batches, lambda: read_originals(run, base)
+        )
+        starts.save(file, start, origin or {})
+        # Read back like any later time, so that the run's first steps and its last agree.
+        begun = starts.load(file, adapt, origin)
+        assert begun is not None
+    return begun
+
+
+def changes_base(run: config.RunConfig) -> bool:
+    """Whether a run's adapter is one for other weights than the original ones."""
+    return run.lora.init not in ("default", "eva")
 
 
 def read_originals(run: config.RunConfig, base: Base) -> Any:
     """The weights before quantising, where `lora.init` starts from them; else None."""
-    if run.lora.init == "default" or run.model.quantize is None:
+    if not changes_base(run) or run.model.quantize is None:
         return None
     dense = load_base(run.model.path, dtype=run.model.dtype, vocabulary=base.vocabulary).params
     if any(map(is_array_leaf, jlora.lora.leaves_by_path(dense).values())):

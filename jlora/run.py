@@ -34,6 +34,7 @@ from jlora import (
     peft,
     process,
     report,
+    starts,
     train,
 )
 from jlora.base import (
@@ -45,7 +46,7 @@ from jlora.base import (
     load_vocabulary,
 )
 from jlora.fingerprint import fingerprint, rows_of
-from jlora.fresh import adapt_run, lora_config, make_mesh, start_digest
+from jlora.fresh import Rows, adapt_run, lora_config, make_mesh, start_digest
 
 __all__ = [
     "inspect",
@@ -203,6 +204,10 @@ def _whisper(text: str) -> None:
 def inspect(run: config.RunConfig, say: Say) -> None:
     """Does what `jlora inspect` does: shows the data and what would train."""
     job = _prepare(run, say, None, weights=False)
+    if run.lora.init in starts.MEASURED:
+        count = run.lora.init_batches
+        ranks = " and may move ranks from one weight to another" * (run.lora.init == "eva")
+        say(f"lora.init={run.lora.init} is measured on {count} batches before step 0{ranks}.")
     example = data.preview(job.examples[0], job.base.tokenizer)
     say(f"The first example, with what counts in the loss in \u27e6...\u27e7:\n{example}")
     tokens = run.train.batch_size * run.train.accumulation * run.data.length
@@ -285,7 +290,11 @@ def _prepare(
     if weights:
         base = load()
         metadata["base"] = fingerprint(base.params, rows=rows)
-        base = adapt_run(run, base)
+        rows = Rows(batches, dict(metadata), say)
+        base, started = adapt_run(run, base, run.folder, rows)
+        if started != lora:
+            metadata["lora"], lora = json.loads(started.to_json()), started
+            say(str(jlora.summary(base.params, lora)))
         if lora.init != "default" or lora.variant == "vera":  # what no checkpoint holds
             metadata["start"] = start_digest(base.params)
     return _Job(run, base, lora, examples, batches, held_out, steps, metadata)

@@ -16,7 +16,7 @@ import jlora
 from jlora import checkpoint, config, peft, train
 from jlora.base import Base, load_base, load_vocabulary
 from jlora.fingerprint import check_base, rows_of
-from jlora.fresh import adapt_run, lora_config, read_originals
+from jlora.fresh import adapt_run, changes_base, read_originals
 from jlora.merging import MergeError, logit_errors
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
@@ -60,7 +60,7 @@ def load_run(
     run = config.load(folder / "config.yaml")
     if dtype is not None:
         run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": dtype})})
-    changed, finished = run.lora.init != "default", (folder / "result.json").exists()
+    changed, finished = changes_base(run), (folder / "result.json").exists()
     plain = plain or not quantized
     packs = quantized or (changed and not finished)  # a checkpoint goes with what training saw
     base = load_base(
@@ -70,14 +70,14 @@ def load_run(
         cache=run.model.cache,
         vocabulary=load_vocabulary(run.model.path, run.model.new_tokens),
     )
-    lora = lora_config(run, base)
     if finished:
         params, saved_lora = peft.load(folder / "adapter", base.params, other_base=other_base)
         if not changed or plain or not _has_packed(base.params):
             return dataclasses.replace(base, params=params), saved_lora
-        params = jlora.variants.from_plain_lora(adapt_run(run, base).params, params)
+        initial, lora = adapt_run(run, base, folder)
+        params = jlora.variants.from_plain_lora(initial.params, params)
         return dataclasses.replace(base, params=params), lora
-    initial = adapt_run(run, base)
+    initial, lora = adapt_run(run, base, folder)
     restored = _restore(folder, run, lora, initial.params, say)
     if not other_base:
         rows = rows_of(initial.params)

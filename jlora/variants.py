@@ -299,7 +299,7 @@ class _Start:
         if not isinstance(packed, QuantArray):
             a, b, residual = fit(w)
             return residual.astype(packed.dtype), a, b
-        pack = _without_stack(packed).pack_like
+        pack = without_stack(packed).pack_like
         a, b, residual = fit(w - _dense(pack(w))) if self.quantise_first else fit(w)
         base = pack(w) if self.quantise_first else pack(residual)
         for _ in range(self.iterations - 1):
@@ -328,7 +328,7 @@ def _dense(packed: QuantArray) -> jax.Array:
     return packed.materialise().astype(jnp.float32)
 
 
-def _without_stack(leaf: QuantArray) -> QuantArray:
+def without_stack(leaf: QuantArray) -> QuantArray:
     """The format of one matrix of a stack."""
     kept = [(role, size) for role, size in zip(leaf.axes, leaf.sizes) if role != "stack"]
     axes, sizes = zip(*kept)

@@ -154,6 +154,173 @@ def test_eva_takes_the_inputs_leading_directions(fmt):
     assert [y.shape for y in jax.tree.leaves(again)] == [y.shape for y in jax.tree.leaves(started)]
 
 
+def qera_by_numpy(error, x, rank, *, diagonal=False):
+    """The paper's formula in float64: `R**-1/2` times the best of its rank for `R**1/2 e`."""
+    error, x = (np.asarray(y, np.float64) for y in (error, x))
+    moments = x.T @ x / len(x)
+    values, vectors = np.linalg.eigh(np.diag(np.diag(moments)) if diagonal else moments)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    u, s, v = np.linalg.svd(root @ error, full_matrices=False)
+    return np.linalg.solve(root, u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def errors_of(started, dense, x):
+    """Of each layer: its inputs, what quantising took of the weight, and the correction."""
+    quantised = {name: jlora.dequantize(leaf.w) for name, leaf in started.items()}
+    for name, layers in inputs_of(quantised, x).items():
+        leaf, rows = started[name], layers[0].shape[-1]
+        error = (dense[name] - quantised[name]).reshape(len(layers), rows, -1)
+        a, b = leaf.a.reshape(len(layers), rows, -1), leaf.b.reshape(len(layers), leaf.rank, -1)
+        for i, layer in enumerate(layers):
+            yield name, layer, error[i], leaf.scaling * a[i] @ b[i]
+
+
+def output_error(error, update, x):
+    return np.linalg.norm(np.asarray(x, np.float64) @ np.asarray(error - update, np.float64))
+
+
+def start_qera(fmt="nf4", config=CONFIG, **options):
+    quantised, _, batches = make(fmt)
+    dense = make()[0]
+    params = jlora.init(jax.random.key(3), quantised, config)
+    started, read = measured.qera(
+        jax.random.key(0), params, config, jlora.adapt(model), batches, base=dense, **options
+    )
+    return started, read, dense, jnp.concatenate(batches)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+def test_qera_is_the_papers_correction(fmt):
+    started, config, dense, x = start_qera(fmt, iterations=12)
+    assert config.init == "qera"
+    for name, layer, error, update in errors_of(started, dense, x):
+        wanted = qera_by_numpy(error, layer, 3)
+        best = output_error(error, wanted, layer)
+        # The objective is quadratic around its least: 1e-3 beside the best update costs 1e-6.
+        assert output_error(error, update, layer) == pytest.approx(best, rel=1e-4), name
+        change = np.asarray(layer, np.float64) @ (np.asarray(update) - wanted)
+        assert np.linalg.norm(change) < 2e-2 * np.linalg.norm(layer @ error), name
+        assert best < 0.9 * output_error(error, 0, layer)
+    quantised = make(fmt)[0]
+    for name, leaf in started.items():  # the base is what it was, to the bit
+        same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), leaf.w, quantised[name])
+        assert all(jax.tree.leaves(same))
+        stack = leaf.axes.count("stack")
+        columns = jnp.linalg.norm(leaf.a, axis=-2)
+        rows = jnp.linalg.norm(leaf.b.reshape(*leaf.b.shape[: stack + 1], -1), axis=-1)
+        assert_close(columns, rows, 1e-5)
+
+
+def test_the_diagonal_of_qera_is_the_papers_approximation():
+    started, config, dense, x = start_qera(iterations=12, diagonal=True)
+    assert config.init == "qera_diagonal"
+    for name, layer, error, update in errors_of(started, dense, x):
+        wanted = qera_by_numpy(error, layer, 3, diagonal=True)
+        size = np.linalg.norm(np.asarray(layer, np.float64), axis=0)[:, None]
+        change = size * (np.asarray(update, np.float64) - wanted)
+        # The third and fourth directions are not far apart, and so turn slowly into place.
+        assert np.linalg.norm(change) < 2e-2 * np.linalg.norm(size * np.asarray(error)), name
+
+
+def test_few_iterations_of_qera_are_near_the_best():
+    for iterations, limit in ((2, 1.05), (4, 1.01)):
+        started, _, dense, x = start_qera(iterations=iterations)
+        for name, layer, error, update in errors_of(started, dense, x):
+            best = output_error(error, qera_by_numpy(error, layer, 3), layer)
+            assert output_error(error, update, layer) < limit * best, name
+
+
+def test_the_error_that_qera_leaves_falls_with_the_rank():
+    left = []
+    for rank in (1, 4, 12):
+        started, _, dense, x = start_qera(config=dataclasses.replace(CONFIG, rank=rank, alpha=2))
+        wanted = model(dense, x)
+        left.append(float(jnp.linalg.norm(jlora.adapt(model)(started, x) - wanted)))
+    quantised = {name: jlora.dequantize(leaf.w) for name, leaf in started.items()}
+    none = float(jnp.linalg.norm(model(quantised, x) - wanted))
+    assert left[0] < none
+    assert left[1] < 0.8 * left[0]
+    assert left[2] < 0.5 * left[1]
+
+
+def test_qera_in_float64():
+    with jax.enable_x64(True):
+        config = dataclasses.replace(CONFIG, dtype="float64")
+        started, _, dense, x = start_qera(config=config, iterations=30)
+        assert started["first"].a.dtype == jnp.float64
+        for name, layer, error, update in errors_of(started, dense, x):
+            wanted = qera_by_numpy(error, layer, 3)
+            change = np.asarray(layer, np.float64) @ (np.asarray(update) - wanted)
+            assert np.linalg.norm(change) < 1e-6 * np.linalg.norm(layer @ error), name
+
+
+def test_qera_with_fewer_inputs_than_directions_and_dead_ones():
+    """No inverse is taken: nothing is NaN, outputs are as good as can be, the weight no worse."""
+    quantised, params, batches = make("nf4")
+    dense = make()[0]
+    few = [batches[0][:2].at[:, 5:].set(0)]
+    started, _ = measured.qera(
+        jax.random.key(0), params, CONFIG, jlora.adapt(model), few, base=dense, iterations=8
+    )
+    for name, layer, error, update in errors_of(started, dense, few[0]):
+        assert np.isfinite(update).all()
+        # Two inputs have two directions: rank 3 corrects them whole.
+        assert output_error(error, update, layer) < 1e-3 * output_error(error, 0, layer), name
+        assert np.linalg.norm(error - update) <= np.linalg.norm(error) * 1.0001
+    nothing, _ = measured.qera(
+        jax.random.key(0), params, CONFIG, jlora.adapt(model), [jnp.zeros((4, 20))], base=dense
+    )
+    exact = {name: jlora.dequantize(leaf) for name, leaf in quantised.items()}
+    kept, _ = measured.qera(
+        jax.random.key(0), params, CONFIG, jlora.adapt(model), batches, base=exact
+    )
+    for name in dense:
+        assert all(np.isfinite(y).all() for y in (nothing[name].a, nothing[name].b))
+        # Where quantising lost nothing, the start is the default's, which can train.
+        np.testing.assert_array_equal(kept[name].a, params[name].a)
+        np.testing.assert_array_equal(kept[name].b, params[name].b)
+
+
+def test_inputs_in_bfloat16_are_summed_in_float32():
+    dense, _, batches = make()
+    x = jnp.concatenate(batches)
+
+    many = [jnp.tile(x, (64, 1))]  # 8,192 rows: a sum in bfloat16 stands still after 256 of a size
+    for batches in (many, [x.astype(jnp.bfloat16)]):
+        narrow = batches[0].dtype == jnp.bfloat16
+        tree = jax.tree.map(lambda y: y.astype(jnp.bfloat16), dense) if narrow else dense
+        packed = jlora.quantize(tree, "nf4", targets=tuple(tree), axes=AXES)
+        params = jlora.init(jax.random.key(3), packed, CONFIG)
+        started, _ = measured.qera(
+            jax.random.key(0), params, CONFIG, jlora.adapt(model), batches, base=tree, iterations=8
+        )
+        for name, layer, error, update in errors_of(started, tree, x):
+            layer, error = layer.astype(jnp.float32), error.astype(jnp.float32)
+            best = output_error(error, qera_by_numpy(error, layer, 3), layer)
+            assert output_error(error, update, layer) < 1.02 * best, name
+
+
+def test_what_qera_cannot_start_from_is_told():
+    quantised, params, batches = make("nf4")
+    dense, plain, _ = make()
+
+    def start(params, base, batches=batches):
+        key = jax.random.key(0)
+        return measured.qera(key, params, CONFIG, jlora.adapt(model), batches, base=base)
+
+    with pytest.raises(ValueError, match=r"'first' is a plain array: call jlora\.quantize before"):
+        start(plain, dense)
+    with pytest.raises(ValueError, match="'first' of base is quantised itself"):
+        start(params, quantised)
+    with pytest.raises(ValueError, match=r"base has no weight of shape \(20, 24\) at 'first'"):
+        start(params, {**dense, "first": dense["first"].T})
+    with pytest.raises(ValueError, match="no batches"):
+        start(params, dense, [])
+    for name in ("eva", "qera"):
+        with pytest.raises(ValueError, match=rf"jlora\.measured\.{name} with batches"):
+            jlora.init(jax.random.key(0), quantised, dataclasses.replace(CONFIG, init=name))
+
+
 def test_mistakes_are_told():
     base, params, batches = make()
     with pytest.raises(ValueError, match="no adapters"):

@@ -1,5 +1,6 @@
-"""Runs whose `lora.init` changes the base: resumed, served, merged and exported."""
+"""Runs whose `lora.init` is not the default: resumed, served, merged and exported."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -9,15 +10,18 @@ import pytest
 import safetensors.numpy
 from laws import assert_close
 from test_peft import load_in_peft, logits_of, torch_model
-from tiny import write_config
+from tiny import write_config, write_model
 
 import jlora
-from jlora import cli, config, models, saved
+from jlora import cli, config, models, saved, starts
+from jlora.base import Base
 
 TOKENS = np.asarray(jax.random.randint(jax.random.key(9), (2, 12), 0, 250), np.int32)
 CASES = {
     "pissa": ({"init": "pissa", "dropout": 0.0}, {}),
     "loftq": ({"init": "loftq", "dropout": 0.0}, {"quantize": "nf4"}),
+    "lora_ga": ({"init": "lora_ga", "dropout": 0.0, "init_batches": 2}, {}),
+    "qera": ({"init": "qera", "dropout": 0.0, "init_batches": 2}, {"quantize": "nf4"}),
 }
 
 
@@ -108,6 +112,110 @@ def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_that_eva_starts_is_plain_lora_with_its_ranks(tmp_path, capsys):
+    lora = {"init": "eva", "init_batches": 2, "rank": 4, "dropout": 0.0}
+    path = write_config(tmp_path, lora=lora, eval={"samples": 0}, train={"steps": 4})
+    assert cli.main(["train", str(path)]) == 0
+    assert "Measuring the start, lora.init=eva, on 2 batches" in capsys.readouterr().out
+    assert cli.main(["train", str(path), "name=again"]) == 0
+    whole, again = (tmp_path / "runs" / name for name in ("tiny", "again"))
+    lose_the_end(again)
+    unfinished, lora = saved.load_run(again, quiet)
+    ranks = dict(lora.rank_pattern)
+    assert lora.init == "default"
+    assert len(set(ranks.values())) > 1
+    capsys.readouterr()
+    assert cli.main(["train", str(path), "name=again"]) == 0
+    said = capsys.readouterr().out
+    assert "Resuming at step 2" in said
+    assert "Measuring" not in said  # the start is in the folder
+    assert_same_adapter(whole, again)
+
+    # Nothing but the adapter is needed afterwards: the base is what it was.
+    (whole / "start.npz").unlink()
+    trained, read = saved.load_run(whole, quiet)
+    assert {path: read.rank_of(path) for path in ranks} == ranks
+    assert not np.array_equal(
+        logits(trained, trained.params), logits(unfinished, unfinished.params)
+    )
+    out = tmp_path / "merged"
+    assert cli.main(["merge", str(whole), "-o", str(out)]) == 0
+    model, params = models.load(out)
+    assert_close(model.apply({"params": params}, TOKENS), logits(trained, trained.params), 1e-4)
+
+    # A run that is not finished begins from its start; without it, that is said.
+    lose_the_end(again)
+    (again / "start.npz").unlink()
+    capsys.readouterr()
+    assert cli.main(["export", str(again), "-o", str(tmp_path / "exported")]) == 2
+    assert "jlora train of the same run measures it again" in capsys.readouterr().err
+    assert cli.main(["train", str(path), "name=again"]) == 0
+    assert_same_adapter(whole, again)
+
+
+@pytest.mark.slow
+def test_a_merge_takes_what_qera_corrected_off_again(tmp_path):
+    """A run that learned nothing leaves the original weights as they were, to rounding."""
+    path = write_config(
+        tmp_path,
+        model={"path": str(write_model(tmp_path / "model")), "quantize": "nf4"},
+        lora={"init": "qera", "dropout": 0.0, "init_batches": 2},
+        eval={"samples": 0, "every": None},
+        train={"steps": 1},
+        optim={"learning_rate": 1e-9, "warmup_steps": 0},
+    )
+    assert cli.main(["train", str(path)]) == 0
+    run, out = tmp_path / "runs" / "tiny", tmp_path / "merged"
+    base = saved.load_base(str(tmp_path / "model"))
+    original = logits(base, base.params)
+    assert cli.main(["merge", str(run), "-o", str(out), "--error-layers", "0"]) == 0
+    model, params = models.load(out)
+    assert_close(model.apply({"params": params}, TOKENS), original, 1e-4)
+    # And into what training saw: the corrected outputs, nearer to the original's than NF4's.
+    trained, _ = saved.load_run(run, quiet)
+    packed = saved.load_base(str(tmp_path / "model"), quantize="nf4")
+    corrected = np.linalg.norm(logits(trained, trained.params) - original)
+    assert corrected < 0.8 * np.linalg.norm(logits(packed, packed.params) - original)
+
+
+def test_a_start_of_other_rows_or_settings_is_not_taken(tmp_path):
+    file = tmp_path / "start.npz"
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 6))}
+    lora = jlora.LoraConfig(rank=2, targets=("w",), dtype="bfloat16")
+    tree = jlora.init(jax.random.key(1), params, lora)
+    base = Base("tiny", None, params, None)
+    assert starts.load(file, lambda lora: base) is None
+    starts.save(file, (tree, lora), {"data": "one"})
+
+    def adapt(lora):
+        return dataclasses.replace(base, params=jlora.init(jax.random.key(2), params, lora))
+
+    assert starts.load(file, adapt, {"data": "another"}) is None
+    for origin in ({"data": "one"}, None):
+        read, own = starts.load(file, adapt, origin)
+        assert own == lora
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, read.params, tree))
+    params = {"w": jnp.zeros((4, 6))}
+    with pytest.raises(ValueError, match="holds the start of another model: see 'w'"):
+        starts.load(file, adapt)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="is damaged"):
+        starts.load(file, adapt)
+
+
+def test_a_measured_start_is_looked_at_before_any_compute(tmp_path, capsys):
+    path = write_config(tmp_path, lora={"init": "eva", "dropout": 0.0})
+    assert cli.main(["inspect", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "lora.init=eva is measured on 8 batches" in said
+    assert not (tmp_path / "runs" / "tiny" / "start.npz").exists()
+    assert cli.main(["inspect", str(path), "lora.init=qera"]) == 2
+    assert "lora.init=qera makes up for the error of quantising" in capsys.readouterr().err
+    assert cli.main(["train", str(path), "mesh={data: 8}", "train.batch_size=8"]) == 2
+    assert "lora.init=default" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_run_of_vera_resumes_to_the_bit_and_peft_loads_it(tmp_path, monkeypatch):
     path = write_config(
         tmp_path,
@@ -142,3 +250,6 @@ def test_an_init_that_cannot_be_is_refused(tmp_path):
     refused(r"lora.init: got \"pizza\", expected default, pissa", lora={"init": "pizza"})
     refused(r"set model.quantize", lora={"init": "loftq_iter_5"})
     refused(r"choose one of the two", lora={"init": "pissa", "variant": "dora"})
+    refused(r"init=eva measures what lora.variant=vera", lora={"init": "eva", "variant": "vera"})
+    refused(r"set model.quantize", lora={"init": "qera"})
+    refused(r"lora.init_batches: got 0", lora={"init": "eva", "init_batches": 0})

@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 ORDER = [
     "tree", "leaf", "calls", "interpret", "usage", "lowrank", "products", "joined",
     "lora_config", "targets", "nf4", "packed", "packed_rules", "packed_products", "quant",
-    "rows", "lora", "dora", "vera", "merging", "summary", "variants", "measured", "factors",
-    "alignment", "extraction", "arithmetic", "optim", "sharding", "models.remat",
+    "rows", "lora", "dora", "vera", "merging", "summary", "variants", "watched", "measured",
+    "factors", "alignment", "extraction", "arithmetic", "optim", "sharding", "models.remat",
     "models.splash", "models.attention", "models.rotary", "models.decoder_config",
     "models.cache", "models.layers", "models.moe", "models.decoder", "models.slices",
     "models.weights", "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config",
@@ -23,7 +23,8 @@ ORDER = [
     "models.packed_cache", "models.hub", "models", "fingerprint", "peft_names", "peft_folder",
     "peft_read", "peft_vera", "peft", "multihost", "checkpoint", "chat", "tokens", "packing",
     "data", "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes",
-    "bench", "base", "dialogue", "config", "report", "process", "devices", "fresh", "run",
+    "bench", "base", "dialogue", "config_checks", "config", "report", "process", "devices",
+    "starts", "fresh", "run",
     "saved", "hlo", "topology", "gpus", "plan", "plan_report", "suggest", "arguments", "cli",
 ]
 # fmt: on
