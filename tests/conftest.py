@@ -3,9 +3,16 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _flags:
-    os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+# Most of these tests' time is LLVM's: programs of a test run once, and need not be fast.
+_FLAGS = {
+    "xla_force_host_platform_device_count": "8",
+    "xla_backend_optimization_level": "1",
+    "xla_llvm_disable_expensive_passes": "true",
+}
+for _name, _value in _FLAGS.items():
+    _flags = os.environ.get("XLA_FLAGS", "")
+    if _name not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} --{_name}={_value}".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import itertools
