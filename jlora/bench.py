@@ -235,11 +235,7 @@ def random_params(model: decoder.Decoder, base: str, embeddings: str | None = No
     A quantised weight gets random codes; its scales are those of a small matrix of such numbers.
     """
     formats: Any = {"layers": base if base in quant.FORMATS else None, "embeddings": embeddings}
-
-    def plan(path: str, leaf: Any) -> Any:
-        return weights.plan(path, leaf.shape, model.config.dtype, formats)
-
-    params = tree.map_with_path(plan, decoder.param_shapes(model.config))
+    params = weights.abstract(model.config, formats)
     matrix = 0.02 * jax.random.normal(jax.random.key(0), (512, 512), jnp.dtype(model.config.dtype))
     seeds = iter(range(1, 1 << 20))
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.factors import with_factors
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, initialiser, leaves_by_path, merge_params
 from jlora.packed import weight_to_matrices
@@ -79,12 +80,7 @@ def lora_ga(
             )
         widths[path] = min(2 * leaf.rank + _SPARE, d_in, d_out)
     gradients = gradients_of(params, loss_fn, batches, leaves)
-    outs = {
-        path: jnp.linalg.qr(
-            jax.random.normal(jax.random.fold_in(key, i), stacked(leaf, 1, widths[path]))
-        )[0].mT
-        for i, (path, leaf) in enumerate(leaves.items())
-    }
+    outs = {path: x.mT for path, x in _random_columns(key, leaves, 1, widths).items()}
     for step in range(iterations + 1):
         along_in, _ = gradients(None, outs)
         ins = {path: jnp.linalg.qr(x)[0] for path, x in along_in.items()}
@@ -98,11 +94,7 @@ def lora_ga(
         u, _, v = jnp.linalg.svd(along_out[path], full_matrices=False)
         rank, size = leaf.rank, sides_of(leaf)[1] ** 0.25 / math.sqrt(gamma)
         a, b = size * (ins[path] @ u)[..., :rank], size * v[..., rank : 2 * rank, :]
-        leaf = dataclasses.replace(
-            leaf, a=a.reshape(leaf.a.shape).astype(leaf.a.dtype),
-            b=b.reshape(leaf.b.shape).astype(leaf.b.dtype),
-        )  # fmt: skip
-        return take_from_base(leaf)
+        return take_from_base(_with_factors(leaf, a, b))
 
     changed = dataclasses.replace(config, init="lora_ga")
     return map_with_path(start, params, is_leaf=is_array_leaf), changed
@@ -160,15 +152,8 @@ def eva(
         raise ValueError(f"rho must be at least 1, got {rho!r}.")
     leaves = adapters_of(params)
     tops = {p: min(round(rho * x.rank), *sides_of(x)) for p, x in leaves.items()}
-    ins = {
-        path: jnp.linalg.qr(
-            jax.random.normal(
-                jax.random.fold_in(key, i),
-                stacked(leaf, 0, min(tops[path] + _SPARE, *sides_of(leaf))),
-            )
-        )[0]
-        for i, (path, leaf) in enumerate(leaves.items())
-    }
+    widths = {path: min(tops[path] + _SPARE, *sides_of(leaf)) for path, leaf in leaves.items()}
+    ins = _random_columns(key, leaves, 0, widths)
     gradients = moments_of(params, fn, batches, leaves)
     moments, energy = gradients(ins, None)
     for _ in range(iterations):
@@ -188,8 +173,8 @@ def eva(
         rank, axis = ranks[path], leaf.axes.count("stack")
         if not rank:
             return leaf.w
-        a = bases[path][..., :rank].reshape(*leaf.a.shape[:-1], rank).astype(leaf.a.dtype)
         shape = [rank if i == axis else size for i, size in enumerate(leaf.b.shape)]
+        a = bases[path][..., :rank].reshape(*leaf.a.shape[:-1], rank).astype(leaf.a.dtype)
         return dataclasses.replace(leaf, a=a, b=jnp.zeros(shape, leaf.b.dtype))
 
     tree = map_with_path(start, params, is_leaf=is_array_leaf)
@@ -255,15 +240,8 @@ def qera(
     column = {path: jnp.zeros(stacked(leaf, 0, 1)) for path, leaf in leaves.items()}
     squares = gradients(column, None)[0] if diagonal else {}
     errors = {path: _Error(leaf, jnp.asarray(originals[path])) for path, leaf in leaves.items()}
-    outs = {
-        path: jnp.linalg.qr(
-            jax.random.normal(
-                jax.random.fold_in(key, i),
-                stacked(leaf, 1, min(2 * leaf.rank + _SPARE, *sides_of(leaf))),
-            )
-        )[0]
-        for i, (path, leaf) in enumerate(leaves.items())
-    }
+    widths = {path: min(2 * x.rank + _SPARE, *sides_of(x)) for path, x in leaves.items()}
+    outs = _random_columns(key, leaves, 1, widths)
     for step in range(iterations + 1):
         along = {path: errors[path](v) for path, v in outs.items()}
         if diagonal:
@@ -286,13 +264,26 @@ def qera(
         found = length > 1e-6 * jnp.linalg.norm(w) / math.sqrt(w.size / sides_of(leaf)[0])
         a = jnp.where(found, a / jnp.where(found, length, 1) * root, leaf.a.reshape(a.shape))
         b = jnp.where(found.mT, b * root.mT, 0)
-        return dataclasses.replace(
-            leaf, a=a.reshape(leaf.a.shape).astype(leaf.a.dtype),
-            b=b.reshape(leaf.b.shape).astype(leaf.b.dtype),
-        )  # fmt: skip
+        return _with_factors(leaf, a, b)
 
     changed = dataclasses.replace(config, init="qera_diagonal" if diagonal else "qera")
     return map_with_path(start, params, is_leaf=is_array_leaf), changed
+
+
+def _random_columns(
+    key: jax.Array, leaves: Mapping[str, LoraArray], side: int, widths: Mapping[str, int]
+) -> dict[str, jax.Array]:
+    """Orthonormal columns for the inputs (side 0) or outputs (side 1) of each matrix."""
+    return {
+        path: jnp.linalg.qr(
+            jax.random.normal(jax.random.fold_in(key, i), stacked(leaf, side, widths[path]))
+        )[0]
+        for i, (path, leaf) in enumerate(leaves.items())
+    }
+
+
+def _with_factors(leaf: LoraArray, a: jax.Array, b: jax.Array) -> LoraArray:
+    return with_factors(leaf, a.astype(leaf.a.dtype), b.astype(leaf.b.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

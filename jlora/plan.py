@@ -32,7 +32,7 @@ from jlora import (
 from jlora import run as runs
 from jlora.base import Base, adapt_base, check_start
 from jlora.leaf import is_array_leaf
-from jlora.models import attention, bnb, decoder, gguf, hf, hub, weights
+from jlora.models import attention, bnb, decoder, gguf, hub, weights
 
 __all__ = [
     "Model",
@@ -318,7 +318,7 @@ def _adapted(
     options = {"dtype": dtype, "remat": run.model.remat, "unroll": run.model.unroll}
     settled = dataclasses.replace(model.config, **options)
     if model.file is None:
-        params = hf.abstract(settled, quantize)
+        params = weights.abstract(settled, quantize)
     else:
         params = gguf.shapes(model.file, dtype, quantize=quantize)[1]
     if run.model.new_tokens:

@@ -290,8 +290,8 @@ def _prepare(
     if weights:
         base = load()
         metadata["base"] = fingerprint(base.params, rows=rows)
-        rows = Rows(batches, dict(metadata), say)
-        base, started = adapt_run(run, base, run.folder, rows)
+        calibration = Rows(batches, dict(metadata), say)
+        base, started = adapt_run(run, base, run.folder, calibration)
         if started != lora:
             metadata["lora"], lora = json.loads(started.to_json()), started
             say(str(jlora.summary(base.params, lora)))

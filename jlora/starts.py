@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import measured, objective, packing, tree
+from jlora import measured, objective, packing, tree, watched
 from jlora.base import Base
 from jlora.leaf import is_array_leaf
 
@@ -63,8 +63,7 @@ def measure(
             return total / jnp.maximum(count, 1)
 
         return measured.lora_ga(key, base.params, lora, mean_loss, batches)
-    adapted = {path for path, leaf in jlora.lora.leaves_by_path(base.params).items()
-               if isinstance(leaf, jlora.LoraArray)}  # fmt: skip
+    adapted = watched.adapters_of(base.params)
     # Logits of all tokens at once are large, and tell nothing where the head has no adapter.
     method = "__call__" if any(path.startswith("lm_head") for path in adapted) else "hidden"
 

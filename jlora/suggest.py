@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jlora import config, plan, sharding, topology
-from jlora.models import decoder, hf
+from jlora.models import decoder, weights
 
 __all__ = ["Suggestion", "suggest"]
 
@@ -146,7 +146,7 @@ def _batches(rows: int, parts: int, most: int) -> list[int]:
 
 @functools.cache
 def _abstract(shape: decoder.DecoderConfig, fmt: Any, embeddings: Any) -> Any:
-    return hf.abstract(shape, {"layers": fmt, "embeddings": embeddings})
+    return weights.abstract(shape, {"layers": fmt, "embeddings": embeddings})
 
 
 def _estimate(
@@ -163,7 +163,7 @@ def _estimate(
     shape = dataclasses.replace(model.config, dtype="bfloat16")
     params = _abstract(shape, fmt, run.model.quantize_embeddings)
     mesh = sharding.make_mesh(sizes, target.devices)
-    weights = plan.device_bytes(plan.placed(params, mesh))
+    stored = plan.device_bytes(plan.placed(params, mesh))
     tensor, parts = sizes["tensor"], sizes["data"] * sizes["fsdp"]
     stream = 2 * batch // parts * run.data.length * shape.hidden_size  # bytes of a layer's input
     layer = 2 * sum(math.prod(x.shape) for x in plan.dense_leaves(params)) / shape.num_layers
@@ -173,7 +173,7 @@ def _estimate(
     )
     kept = widths * shape.num_layers * stream / tensor
     logits = 8 * min(1024, batch // parts * run.data.length) * shape.vocab_size / tensor
-    memory = weights + kept + logits + (layer / tensor if sizes["fsdp"] > 1 else 0)
+    memory = stored + kept + logits + (layer / tensor if sizes["fsdp"] > 1 else 0)
     # Weights are gathered forward, again, and backward; a stream is exchanged about 8 times.
     gathered = 3 * shape.num_layers * layer / tensor if sizes["fsdp"] > 1 else 0
     exchanged = 8 * shape.num_layers * stream if tensor > 1 else 0

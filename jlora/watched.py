@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.factors import with_factors
 from jlora.leaf import Equation, is_array_leaf, product_sides, rule
 from jlora.lora import LoraArray, leaves_by_path
 from jlora.lowrank import LowRank, contract
@@ -72,11 +73,8 @@ def gradients_of(
                 return leaf
             a, b = factors[path]
             like = leaves[path]
-            stack = len(stack_of(like))
-            a = a.reshape(*like.a.shape[:-1], -1)
-            b = b.reshape(*like.b.shape[:stack], -1, *like.b.shape[stack + 1 :])
-            kept = dataclasses.replace(like, w=leaf.w, scaling=1.0, dropout=0.0)
-            return dataclasses.replace(kept, a=a, b=b)
+            plain = dataclasses.replace(like, w=leaf.w, scaling=1.0, dropout=0.0)
+            return with_factors(plain, a, b)
 
         return loss_fn(map_with_path(put, params, is_leaf=is_array_leaf), batch)
 

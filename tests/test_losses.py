@@ -32,6 +32,19 @@ def test_an_infinite_loss_outside_the_mask_does_not_spoil_the_sum():
     np.testing.assert_allclose(total, np.log(2), rtol=1e-6)
 
 
+def assert_same_loss_and_gradients(given, wanted, hidden, w, *, frozen):
+    """Of sum, count and gradients; of a frozen head those of the states alone."""
+    for_what = 0 if frozen else (0, 1)
+    (got, got_count), got_grads = jax.jit(
+        jax.value_and_grad(given, argnums=for_what, has_aux=True)
+    )(hidden, w)
+    (expected, count), grads = jax.value_and_grad(wanted, argnums=for_what, has_aux=True)(hidden, w)
+    assert got_count == count
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_infinite_state_outside_the_mask_does_not_spoil_the_chunks(getkey, frozen):
     w = jax.random.normal(getkey(), (4, 13))
@@ -71,15 +84,7 @@ def test_the_loss_by_chunks_equals_the_loss_of_all_logits(
     def whole(hidden, w):
         return losses.cross_entropy(hidden @ w, targets, mask)
 
-    for_what = 0 if frozen else (0, 1)
-    (got, got_count), got_grads = jax.jit(
-        jax.value_and_grad(chunked, argnums=for_what, has_aux=True)
-    )(hidden, w)
-    (expected, count), grads = jax.value_and_grad(whole, argnums=for_what, has_aux=True)(hidden, w)
-    assert got_count == count
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert_same_loss_and_gradients(chunked, whole, hidden, w, frozen=frozen)
 
 
 @pytest.mark.parametrize("sharded_head", [False, True])
@@ -117,12 +122,4 @@ def test_the_loss_by_chunks_works_in_a_shard_map(getkey, frozen, narrow, sharded
     def sharded(hidden, w):
         return mapped(hidden, w, targets, mask)
 
-    for_what = 0 if frozen else (0, 1)
-    (got, got_count), got_grads = jax.jit(
-        jax.value_and_grad(sharded, argnums=for_what, has_aux=True)
-    )(hidden, w)
-    (expected, count), grads = jax.value_and_grad(whole, argnums=for_what, has_aux=True)(hidden, w)
-    assert got_count == count
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert_same_loss_and_gradients(sharded, whole, hidden, w, frozen=frozen)

@@ -30,6 +30,18 @@ def make(dtype=jnp.bfloat16, fmt="nf4", scale=0.3):
     return params, randomise(adapted, jax.random.key(2), scale)
 
 
+def figures(base, update, source, merged, change):
+    """By definition, of a base and its update, and what they are merged and packed into."""
+    norm = np.linalg.norm
+    return {
+        "update": norm(update) / norm(base),
+        "rounding": norm(merged - source - update) / norm(source + update),
+        "erased": 1 - np.vdot(change, update) / np.vdot(update, update),
+        "noise": norm(change - update) / norm(update),
+        "shift": norm(source - base) / norm(update),
+    }
+
+
 def exact(leaf, w):
     a, b = np.asarray(leaf.a, np.float64), np.asarray(leaf.b, np.float64)
     spec = {("stack", "in", "out"): "sir,sro->sio", ("out", "out", "in"): "ir,rho->hoi"}[leaf.axes]
@@ -48,15 +60,9 @@ def test_each_figure_is_its_definition_over_the_whole_stack(name):
     merged = np.asarray(jlora.merge_params(on_source), np.float64)
     requantised = jlora.merge_params(leaf, requantize=True)
     change = np.asarray(jlora.dequantize(requantised), np.float64) - base
-    norm = np.linalg.norm
-    wanted = {
-        "update": norm(update) / norm(base),
-        "rounding": norm(merged - source - update) / norm(source + update),
-        "erased": 1 - np.vdot(change, update) / np.vdot(update, update),
-        "noise": norm(change - update) / norm(update),
-        "shift": norm(source - base) / norm(update),
-    }
+    wanted = figures(base, update, source, merged, change)
     if name == "layers":
+        norm = np.linalg.norm
         of_layers = [norm(m - w - u) / norm(w + u) for m, w, u in zip(merged, source, update)]
         wanted["worst"] = max(of_layers)
     for figure, value in wanted.items():
@@ -159,14 +165,7 @@ def test_where_the_init_changed_the_base_the_figures_are_of_what_was_trained(ini
     again = jlora.dequantize(jlora.merge_params(moved, requantize=True))
     change = np.asarray(again, np.float64) - begun
     source = np.asarray(original["w"], np.float64)
-    norm = np.linalg.norm
-    wanted = {
-        "update": norm(learned) / norm(begun),
-        "rounding": norm(merged - source - learned) / norm(source + learned),
-        "erased": 1 - np.vdot(change, learned) / np.vdot(learned, learned),
-        "noise": norm(change - learned) / norm(learned),
-        "shift": norm(source - begun) / norm(learned),
-    }
+    wanted = figures(begun, learned, source, merged, change)
     for name, value in wanted.items():
         assert getattr(row, name) == pytest.approx(value, rel=1e-4), name
     by_way = {x.way: x for x in error.logits}

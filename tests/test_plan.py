@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from jlora import cli, config, gpus, hardware, hlo, plan, plan_report, shapes, suggest, topology
-from jlora.models import attention, decoder, hf
+from jlora.models import attention, decoder, weights
 
 RUN = """
 name: tiny
@@ -151,7 +151,9 @@ def test_suggestions_are_searched_from_near_to_far(tmp_path, monkeypatch):
     def compiled(run, model, target):
         asked.append(run)
         config = dataclasses.replace(model.config, dtype="bfloat16")
-        params = plan.placed(hf.abstract(config, run.model.quantize), plan.make_mesh(run, target))
+        params = plan.placed(
+            weights.abstract(config, run.model.quantize), plan.make_mesh(run, target)
+        )
         peak = 2 * plan.device_bytes(params)
         return made_plan(
             peak_bytes=peak, fits=peak <= target.memory_bytes, rows=run.train.batch_size

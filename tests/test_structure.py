@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "jlora"
 ORDER = [
     "tree", "leaf", "calls", "interpret", "usage", "lowrank", "products", "joined",
     "lora_config", "targets", "nf4", "packed", "packed_rules", "packed_products", "quant",
-    "rows", "lora", "dora", "vera", "merging", "summary", "variants", "watched", "measured",
-    "factors", "alignment", "extraction", "arithmetic", "optim", "sharding", "models.remat",
+    "rows", "lora", "dora", "vera", "merging", "summary", "variants", "factors", "watched",
+    "measured", "alignment", "extraction", "arithmetic", "optim", "sharding", "models.remat",
     "models.splash", "models.attention", "models.rotary", "models.decoder_config",
     "models.cache", "models.layers", "models.moe", "models.decoder", "models.slices",
     "models.weights", "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config",

@@ -82,15 +82,7 @@ def shapes(
     if dtype is None or packed:  # the heads of the weights' files say more
         with _opened(directory, dtype, quantize) as (config, sources):
             return config, _unflatten({source.path: source.leaf for source in sources})
-    return config, abstract(config, quantize)
-
-
-def abstract(config: DecoderConfig, quantize: weights.Formats = None) -> dict[str, Any]:
-    """The parameters of a model in its dtype as `ShapeDtypeStruct`s, packed as `load` does."""
-    expected = _flatten(param_shapes(config)).items()
-    return _unflatten(
-        {path: weights.plan(path, leaf.shape, config.dtype, quantize) for path, leaf in expected}
-    )
+    return config, weights.abstract(config, quantize)
 
 
 def save(

@@ -18,9 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jlora import quant
 from jlora.models import slices
+from jlora.models.decoder import DecoderConfig, param_shapes
 from jlora.quant import QuantArray
 
-__all__ = ["Formats", "Place", "Source", "describe", "fill", "format_at", "plan"]
+__all__ = ["Formats", "Place", "Source", "abstract", "describe", "fill", "format_at", "plan"]
 
 Place = Callable[[str, tuple[int, ...]], Sharding | None]
 # One format for the weights of linear layers inside the layers, or formats by kind of weight:
@@ -72,6 +73,15 @@ def plan(path: str, shape: Sequence[int], dtype: Any, formats: Formats) -> Any:
     if path.endswith("/embedding"):
         axes = ("out", "in")  # rows are looked up whole, and an output of a tied head
     return jax.eval_shape(functools.partial(quant.pack_weight, axes=axes, fmt=fmt), leaf)
+
+
+def abstract(config: DecoderConfig, formats: Formats = None) -> Any:
+    """The parameters of a model in its dtype as `ShapeDtypeStruct`s, packed as loading does."""
+
+    def of(keys: Any, leaf: Any) -> Any:
+        return plan("/".join(key.key for key in keys), leaf.shape, config.dtype, formats)
+
+    return jax.tree_util.tree_map_with_path(of, param_shapes(config))
 
 
 @dataclasses.dataclass(frozen=True)
