@@ -221,7 +221,8 @@ def pack_weight(
     kind: list[type[QuantArray]] = []
 
     def pack(matrix: jax.Array) -> dict[str, Any]:
-        matrix = jnp.pad(matrix, ((0, 0), (0, padding)))
+        # Else XLA may leave out, on a GPU, the rounding to 16 bits of what is computed just before.
+        matrix = jax.lax.optimization_barrier(jnp.pad(matrix, ((0, 0), (0, padding))))
         cls, parts = FORMATS[fmt](matrix, double_quantize)
         kind[:] = [cls]
         return parts

@@ -151,6 +151,18 @@ def test_the_same_leaves_come_from_numpy_eagerly_under_jit_and_as_shapes(fmt):
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8", "float8"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_what_is_packed_under_jit_was_rounded_to_sixteen_bits_before(fmt, dtype, getkey):
+    # On a GPU XLA leaves out roundings between float32 operations where it may.
+    w, update = jax.random.normal(getkey(), (2, 128, 64))
+
+    def pack(w, update):
+        return jlora.quantize({"w": (w + update).astype(dtype)}, fmt, double_quantize=False)
+
+    chex.assert_trees_all_equal(jax.jit(pack)(w, update), pack(w, update))
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "float8"])
 def test_packing_what_was_restored_changes_nothing(fmt):
     params = draw({"w": jax.ShapeDtypeStruct((128, 24), jnp.float32)})
     packed = jlora.quantize(params, fmt, double_quantize=False)["w"]
