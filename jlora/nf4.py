@@ -113,7 +113,9 @@ def compress(absmax: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     padded = jnp.pad(flat, (0, groups * GROUP - flat.size)).reshape(groups, GROUP)
     largest = jnp.abs(padded).max(axis=-1)
     down, _ = _range(largest)
-    scaled = (padded * down[:, None]) / (jnp.where(largest > 0, largest, 1) * down)[:, None]
+    divisor = jnp.broadcast_to((jnp.where(largest > 0, largest, 1) * down)[:, None], padded.shape)
+    # Of a divisor that many share, XLA's CPU backend would take the rounded reciprocal instead.
+    scaled = (padded * down[:, None]) / jax.lax.optimization_barrier(divisor)
     place = jnp.floor((scaled + 1) * 32767.5 + 0.5).astype(jnp.int32)
     codes = jnp.asarray(_CODE_ON_GRID).at[place].get(mode="promise_in_bounds")
     return codes.reshape(-1)[: flat.size].reshape(absmax.shape), largest, offset

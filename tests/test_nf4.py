@@ -183,13 +183,15 @@ def test_the_second_level_codes_any_value_as_the_reference_does(bnb):
     groups = np.zeros((-(-len(pairs) // 254), 256), np.float32)
     groups[:, 0], groups[:, 1] = 1, -1  # each group's scale is 1
     groups[:, 2:].flat[: len(pairs)] = pairs
+    drawn = np.exp(draw((4096, 128), 1))  # other scales, no powers of two
     code = torch.from_numpy(nf4.DYNAMIC_MAP)
-    wanted, state = bnb.quantize_blockwise(torch.from_numpy(groups), code=code, blocksize=256)
-    for compress in (nf4.compress, jax.jit(nf4.compress)):
-        codes, scales, offset = compress(jnp.asarray(groups))
-        assert offset == 0
-        np.testing.assert_array_equal(scales, state.absmax.numpy())
-        np.testing.assert_array_equal(codes, wanted.numpy())
+    for values in (groups, np.concatenate([drawn, -drawn], axis=1)):
+        wanted, state = bnb.quantize_blockwise(torch.from_numpy(values), code=code, blocksize=256)
+        for compress in (nf4.compress, jax.jit(nf4.compress)):
+            codes, scales, offset = compress(jnp.asarray(values))
+            assert offset == 0
+            np.testing.assert_array_equal(scales, state.absmax.numpy())
+            np.testing.assert_array_equal(codes, wanted.numpy())
 
 
 @pytest.mark.parametrize("double", [False, True])
