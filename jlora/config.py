@@ -318,18 +318,22 @@ def save(path: str | Path, config: RunConfig) -> None:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """The keys whose values differ and change what a run computes, as "key: was ..., now ..."."""
-    before, after = dict(_flatten(old.model_dump())), dict(_flatten(new.model_dump()))
-    keys = [
-        key
-        for key in {**before, **after}
-        if key.split(".")[0] not in ("checkpoint", "mesh", "output")
-        and key not in ("model.cache", "train.profile")
-    ]
+    before, after = what_counts(old), what_counts(new)
     return [
         f"{key}: was {before.get(key)!r}, now {after.get(key)!r}"
-        for key in keys
+        for key in {**before, **after}
         if before.get(key) != after.get(key)
     ]
+
+
+def what_counts(config: RunConfig) -> dict[str, Any]:
+    """The values that change what a run computes, by their whole key, as JSON has them."""
+    return {
+        key: value
+        for key, value in _flatten(config.model_dump(mode="json"))
+        if key.split(".")[0] not in ("checkpoint", "mesh", "output")
+        and key not in ("model.cache", "train.profile")
+    }
 
 
 # YAML

@@ -45,7 +45,7 @@ def check(config: Any, path: Path) -> None:
             "out model.quantize_embeddings, or these."
         )
     init = config.lora.init
-    if init.startswith(("loftq", "qera")) and config.model.quantize is None:
+    if init.startswith(("loftq", "qera")) and config.model.formats is None:
         raise ValueError(
             f"{path}: lora.init={init} makes up for the error of quantising: set model.quantize, "
             "for instance to nf4."

@@ -98,7 +98,9 @@ def adapt_run(
         return adapt_base(base, lora, key)
 
     file = folder / starts.FILE
-    settings = run.model_dump(mode="json", include={"model", "data", "lora", "seed", "train"})
+    sections = ("model", "data", "lora", "seed", "train")
+    counts = config.what_counts(run).items()
+    settings = {key: value for key, value in counts if key.split(".")[0] in sections}
     origin = None if rows is None else {**settings, **rows.origin}
     begun = starts.load(file, adapt, origin)
     if begun is None:
@@ -128,13 +130,13 @@ def changes_base(run: config.RunConfig) -> bool:
 
 def read_originals(run: config.RunConfig, base: Base) -> Any:
     """The weights before quantising, where `lora.init` starts from them; else None."""
-    if not changes_base(run) or run.model.quantize is None:
+    if not changes_base(run) or run.model.formats is None:
         return None
     dense = load_base(run.model.path, dtype=run.model.dtype, vocabulary=base.vocabulary).params
     if any(map(is_array_leaf, jlora.lora.leaves_by_path(dense).values())):
         raise ValueError(
             f"lora.init={run.lora.init!r} starts from the weights before they were quantised, and "
-            f"{run.model.path} holds them in 4 bits only. Take the original model, or leave "
+            f"{run.model.path} holds them quantised only. Take the original model, or leave "
             "lora.init out."
         )
     return dense

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.factors import with_factors
+from jlora.factors import multiply, sides, with_factors
 from jlora.leaf import is_array_leaf
 from jlora.lora import LoraArray, LoraConfig, initialiser, leaves_by_path, merge_params
 from jlora.packed import weight_to_matrices
@@ -24,9 +24,10 @@ from jlora.variants import without_stack
 from jlora.watched import (
     LossFn,
     adapters_of,
+    check_finite,
+    check_met,
     gradients_of,
     moments_of,
-    sides_of,
     stack_of,
     stacked,
 )
@@ -67,12 +68,16 @@ def lora_ga(
       `jlora.variants.to_plain_lora`.
 
     Raises:
-      ValueError: if there are no adapters or batches, or a rank is above half of a weight's sides.
+      ValueError: if there are no adapters or batches, a rank is above half of a weight's sides,
+        `gamma` is below 1, or a gradient is not finite.
     """
+    if gamma < 1:
+        raise ValueError(f"gamma must be at least 1, got {gamma!r}.")
+    _check_iterations(iterations)
     leaves = adapters_of(params)
     widths = {}
     for path, leaf in leaves.items():
-        d_in, d_out = sides_of(leaf)
+        d_in, d_out = sides(leaf)
         if 2 * leaf.rank > min(d_in, d_out):
             raise ValueError(
                 f"LoRA-GA takes {2 * leaf.rank} singular vectors of the gradient at {path!r}, "
@@ -87,12 +92,13 @@ def lora_ga(
         _, along_out = gradients(ins, None)
         if step < iterations:
             outs = {path: jnp.linalg.qr(x.mT)[0].mT for path, x in along_out.items()}
+    check_finite(along_out, "The gradient along {} holds NaN or infinite values.")
 
     def start(path: str, leaf: Any) -> Any:
         if path not in leaves:
             return leaf
         u, _, v = jnp.linalg.svd(along_out[path], full_matrices=False)
-        rank, size = leaf.rank, sides_of(leaf)[1] ** 0.25 / math.sqrt(gamma)
+        rank, size = leaf.rank, sides(leaf)[1] ** 0.25 / math.sqrt(gamma)
         a, b = size * (ins[path] @ u)[..., :rank], size * v[..., rank : 2 * rank, :]
         return take_from_base(_with_factors(leaf, a, b))
 
@@ -146,19 +152,22 @@ def eva(
       its adapter, and is in `exclude`.
 
     Raises:
-      ValueError: if there are no adapters or batches, or `rho` is below 1.
+      ValueError: if there are no adapters or batches, `rho` is below 1, or a weight's inputs cannot
+        be measured, as in `qera`.
     """
     if rho < 1:
         raise ValueError(f"rho must be at least 1, got {rho!r}.")
+    _check_iterations(iterations)
     leaves = adapters_of(params)
-    tops = {p: min(round(rho * x.rank), *sides_of(x)) for p, x in leaves.items()}
-    widths = {path: min(tops[path] + _SPARE, *sides_of(leaf)) for path, leaf in leaves.items()}
+    tops = {p: min(round(rho * x.rank), *sides(x)) for p, x in leaves.items()}
+    widths = {path: min(tops[path] + _SPARE, *sides(leaf)) for path, leaf in leaves.items()}
     ins = _random_columns(key, leaves, 0, widths)
     gradients = moments_of(params, fn, batches, leaves)
     moments, energy = gradients(ins, None)
     for _ in range(iterations):
         ins = {path: jnp.linalg.qr(x)[0] for path, x in moments.items()}
         moments, energy = gradients(ins, None)
+    check_met(energy)
     shares, bases = {}, {}
     for path, x in ins.items():
         values, vectors = jnp.linalg.eigh(x.mT @ moments[path])
@@ -202,11 +211,12 @@ def qera(
 
     Args:
       key: of the randomised decomposition.
-      params: a tree from `jlora.init` over quantised weights.
+      params: a tree from `jlora.init` over quantised weights; adapters over plain ones stay as
+        they are.
       config: the config it was made with.
       fn: `fn(params, batch)`, of any floating-point result; goes through `jlora.adapt`. Inputs are
         those with adapters left out.
-      batches: a few; each is used `1 + iterations` times. All tokens count.
+      batches: a few; each is used `1 + iterations` times. All tokens count, padding too.
       base: the weights before they were quantised, a tree of the base's structure.
       iterations: of the subspace iteration.
       diagonal: leaves out how inputs go together and takes the diagonal of `x.T @ x` alone, as the
@@ -219,16 +229,21 @@ def qera(
       time.
 
     Raises:
-      ValueError: if there are no adapters or batches, a weight with an adapter is not quantised, or
-        `base` does not fit.
+      ValueError: if there are no adapters or batches, no weight with an adapter is quantised,
+        `base` does not fit, or a weight's inputs cannot be measured: it is used otherwise than in
+        products from its input side and lookups of its rows, meets nothing but zeros, or NaN.
     """
-    leaves, originals = adapters_of(params), leaves_by_path(base)
+    _check_iterations(iterations)
+    leaves = {p: x for p, x in adapters_of(params).items() if isinstance(x.w, QuantArray)}
+    if not leaves:
+        raise ValueError(
+            "QERA corrects what quantising did, and no weight with an adapter is quantised: call "
+            "jlora.quantize before jlora.init, and give the plain weights as base."
+        )
+    if base is None:
+        raise ValueError("QERA needs the weights before they were quantised: pass base=.")
+    originals = leaves_by_path(base)
     for path, leaf in leaves.items():
-        if not isinstance(leaf.w, QuantArray):
-            raise ValueError(
-                f"QERA corrects what quantising did, and {path!r} is a plain array: call "
-                "jlora.quantize before jlora.init, and give the plain weights as base."
-            )
         if getattr(originals.get(path), "shape", None) != leaf.shape:
             raise ValueError(f"base has no weight of shape {leaf.shape} at {path!r}.")
         if isinstance(originals[path], QuantArray):
@@ -238,36 +253,44 @@ def qera(
             )
     gradients = moments_of(params, fn, batches, leaves, squares=diagonal)
     column = {path: jnp.zeros(stacked(leaf, 0, 1)) for path, leaf in leaves.items()}
-    squares = gradients(column, None)[0] if diagonal else {}
+    squares, energy = gradients(column, None) if diagonal else ({}, {})
     errors = {path: _Error(leaf, jnp.asarray(originals[path])) for path, leaf in leaves.items()}
-    widths = {path: min(2 * x.rank + _SPARE, *sides_of(x)) for path, x in leaves.items()}
+    widths = {path: min(2 * x.rank + _SPARE, *sides(x)) for path, x in leaves.items()}
     outs = _random_columns(key, leaves, 1, widths)
     for step in range(iterations + 1):
         along = {path: errors[path](v) for path, v in outs.items()}
         if diagonal:
             moments = {path: squares[path] * x for path, x in along.items()}
         else:
-            moments, _ = gradients(along, None)
+            moments, energy = gradients(along, None)
         if step < iterations:
             outs = {p: jnp.linalg.qr(errors[p](x, transposed=True))[0] for p, x in moments.items()}
+    check_met(energy)
 
     def start(path: str, leaf: Any) -> Any:
         if path not in leaves:
             return leaf
-        _, vectors = jnp.linalg.eigh(_symmetric(_multiply(along[path].mT, moments[path])))
+        values, vectors = jnp.linalg.eigh(_symmetric(multiply(along[path].mT, moments[path])))
         vectors = vectors[..., ::-1][..., : leaf.rank]
-        a, b = _multiply(along[path], vectors), _multiply(outs[path], vectors).mT
+        a, b = multiply(along[path], vectors), multiply(outs[path], vectors).mT
         length = jnp.linalg.norm(a, axis=-2, keepdims=True)
         root = jnp.sqrt(length / leaf.scaling)
-        # Where quantising lost no more than rounding does, factors stay those of a default start.
+        # Factors stay those of a default start where quantising lost no more than rounding does,
+        # and for one of a stack that met nothing, such as an expert.
         w = jnp.asarray(originals[path], a.dtype)
-        found = length > 1e-6 * jnp.linalg.norm(w) / math.sqrt(w.size / sides_of(leaf)[0])
+        found = length > 1e-6 * jnp.linalg.norm(w) / math.sqrt(w.size / sides(leaf)[0])
+        found &= values[..., None, -1:] > 0
         a = jnp.where(found, a / jnp.where(found, length, 1) * root, leaf.a.reshape(a.shape))
         b = jnp.where(found.mT, b * root.mT, 0)
         return _with_factors(leaf, a, b)
 
     changed = dataclasses.replace(config, init="qera_diagonal" if diagonal else "qera")
     return map_with_path(start, params, is_leaf=is_array_leaf), changed
+
+
+def _check_iterations(iterations: int) -> None:
+    if iterations < 0:
+        raise ValueError(f"iterations must be at least 0, got {iterations!r}.")
 
 
 def _random_columns(
@@ -312,7 +335,7 @@ def _times_error(
         q = without_stack(jax.tree.unflatten(jax.tree.structure(packed), arrays)).materialise()
         e = w.astype(x.dtype) - q.astype(x.dtype)
         e = weight_to_matrices(e, own)  # [out in]
-        return _multiply(e if transposed else e.mT, x)
+        return multiply(e if transposed else e.mT, x)
 
     layers = [y.reshape(-1, *y.shape[count:]) for y in (*jax.tree.leaves(packed), original, x)]
     *arrays, original, columns = layers
@@ -322,9 +345,6 @@ def _times_error(
 
 def _symmetric(x: jax.Array) -> jax.Array:
     return (x + x.mT) / 2
-
-
-_multiply = functools.partial(jnp.matmul, precision="highest")
 
 
 def _with_ranks(

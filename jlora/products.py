@@ -34,6 +34,7 @@ __all__ = [
     "gather_rows",
     "name_axes",
     "product",
+    "ragged_factors",
     "result_axes",
 ]  # importing this module registers its rules
 
@@ -348,34 +349,13 @@ def _first_precision(precision: Any) -> Any:
 @rule(LowRank, "ragged_dot_general")
 def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset: Any) -> Any:
     """Experts on sorted rows: the rows of each group meet that group's factors."""
-    numbers = equation.params["ragged_dot_dimension_numbers"]
-    (x_summed, w_summed), (x_batch, _) = numbers.dot_dimension_numbers
-    if (
-        is_array_leaf(x)
-        or offset
-        or x_batch
-        or len(w_summed) != 1
-        or leaf.ndim != 3
-        or x.ndim != 2
-        or tuple(numbers.lhs_ragged_dimensions) == tuple(x_summed)
-    ):
-        return NotImplemented
-    (group,), (summed,) = numbers.rhs_group_dimensions, w_summed
-    (free,) = {0, 1, 2} - {group, summed}
-    if leaf.v.shape[summed] > 1:
-        leaf = dataclasses.replace(leaf, u=leaf.v, v=leaf.u)
-    if leaf.u.shape[free] > 1 or leaf.v.shape[summed] > 1:
+    if offset or ragged_factors(equation, x, leaf) is None:
         return NotImplemented
     base = equation.bind(x, leaf.w, group_sizes)
     x, leaf = drop_out(x, leaf, equation.context)
-    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
-    num_groups, rank = leaf.shape[group], u.shape[-1]
-    u = u.transpose(group, summed, 3, free).reshape(u.shape[group], -1, rank)
-    v = v.transpose(group, summed, 3, free).reshape(v.shape[group], rank, -1)
-    u, v = (jnp.broadcast_to(f, (num_groups, *f.shape[1:])) for f in (u, v))
-    u = jnp.broadcast_to(u, (num_groups, leaf.shape[summed], rank))
-    v = jnp.broadcast_to(v, (num_groups, rank, leaf.shape[free]))
-    rows = x if tuple(x_summed) == (1,) else x.T
+    found = ragged_factors(equation, x, leaf)
+    assert found is not None
+    rows, u, v = found
     precision = equation.params["precision"]
     axes = ["group", "in", "rank"]
     placed = _placement(equation.out.sharding, ["row", "rank"], (rows, ["row", "in"]), (u, axes))
@@ -389,3 +369,37 @@ def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset
         out_sharding=equation.out.sharding,
     )
     return base + update.astype(equation.out.dtype)
+
+
+def ragged_factors(
+    equation: Equation, x: Any, leaf: Any
+) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+    """Of a `ragged_dot_general`: `[rows in]`, `[groups in rank]` and `[groups rank out]`.
+
+    None where the operands are others than a leaf's experts on rows.
+    """
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (x_summed, w_summed), (x_batch, _) = numbers.dot_dimension_numbers
+    if (
+        is_array_leaf(x)
+        or x_batch
+        or len(w_summed) != 1
+        or leaf.ndim != 3
+        or x.ndim != 2
+        or tuple(numbers.lhs_ragged_dimensions) == tuple(x_summed)
+    ):
+        return None
+    (group,), (summed,) = numbers.rhs_group_dimensions, w_summed
+    (free,) = {0, 1, 2} - {group, summed}
+    u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
+    if v.shape[summed] > 1:
+        u, v = v, u
+    if u.shape[free] > 1 or v.shape[summed] > 1:
+        return None
+    num_groups, rank = leaf.shape[group], u.shape[-1]
+    u = u.transpose(group, summed, 3, free).reshape(u.shape[group], -1, rank)
+    v = v.transpose(group, summed, 3, free).reshape(v.shape[group], rank, -1)
+    u, v = (jnp.broadcast_to(f, (num_groups, *f.shape[1:])) for f in (u, v))
+    u = jnp.broadcast_to(u, (num_groups, leaf.shape[summed], rank))
+    v = jnp.broadcast_to(v, (num_groups, rank, leaf.shape[free]))
+    return x if tuple(x_summed) == (1,) else x.T, u, v

@@ -153,7 +153,7 @@ def load_to_merge(
     is_packed = _has_packed(base.params)
     if into == "original" and is_packed:
         raise ValueError(
-            f"{base.name} holds its weights in 4 bits only, so there are no original ones. Merge "
+            f"{base.name} holds its weights quantised, so there are no original ones. Merge "
             "with --into dequantized, or leave --into out."
         )
     if into == "dequantized" and not is_packed:
@@ -164,7 +164,7 @@ def load_to_merge(
         return base, lora, ""
     remark = (
         f" The adapter was merged into the original weights of {base.name}; it was trained on them "
-        f"in {fmt}. --into dequantized merges it into those."
+        f"quantised ({fmt}). --into dequantized merges it into those."
     )
     return base, lora, remark
 
@@ -207,7 +207,8 @@ def merge_report(
             base, leaf = {path: leaf}, _some_layers(trained[path], layers)
         elif fmt is not None:
             base = {path: leaf.w}  # and beside it what training saw
-            leaf = dataclasses.replace(leaf, w=pack_weight(leaf.w, leaf.axes, fmt))
+            axes = weights.axes_at(path, leaf.ndim)
+            leaf = dataclasses.replace(leaf, w=pack_weight(leaf.w, axes, fmt))
         rows += jlora.merge_error({path: leaf}, base=base).rows
     return (
         f"\nWhat merging costs, on {layers} layers at most:\n{MergeError(tuple(rows))}\n{_LEGEND}"

@@ -69,7 +69,8 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
     rank` instead.
 
     Args:
-      params: a tree from `jlora.init` over quantised weights.
+      params: a tree from `jlora.init` over quantised weights; adapters over plain ones stay as
+        they are.
       base: the weights before they were quantised, a tree of the base's structure.
       iterations: at least 1; the paper uses 1 and 5.
 
@@ -77,14 +78,15 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
       The tree with new factors and quantised bases. Memory: as `pissa`.
 
     Raises:
-      ValueError: if a weight with an adapter is not quantised, or `base` does not fit.
+      ValueError: if no weight with an adapter is quantised, or `base` does not fit.
     """
-    for path, leaf in leaves_by_path(params).items():
-        if isinstance(leaf, LoraArray) and not isinstance(leaf.w, QuantArray):
-            raise ValueError(
-                f"LoftQ needs a quantised base, and {path!r} is a plain array: call jlora.quantize "
-                "before jlora.init, and give the plain weights as base."
-            )
+    adapters = [leaf for leaf in leaves_by_path(params).values() if isinstance(leaf, LoraArray)]
+    if adapters and not any(isinstance(leaf.w, QuantArray) for leaf in adapters):
+        raise ValueError(
+            "LoftQ makes up for the error of quantising, and no weight with an adapter is "
+            "quantised: call jlora.quantize (model.quantize in a run) before jlora.init, and give "
+            "the plain weights as base."
+        )
     if base is None:
         raise ValueError("LoftQ needs the weights before they were quantised: pass base=.")
     for path, leaf in leaves_by_path(base).items():
@@ -249,6 +251,8 @@ def _restart(
             raise ValueError(f"{path!r} is {leaf.kind}; these starts are for LoRA alone.")
         if base is not None and getattr(originals.get(path), "shape", None) != leaf.shape:
             raise ValueError(f"base has no weight of shape {leaf.shape} at {path!r}.")
+        if quantise_first and not isinstance(leaf.w, QuantArray):
+            return leaf  # nothing was lost
         w = originals.get(path, leaf.w)
         w = dequantize(w, dtype=jnp.float32) if isinstance(w, QuantArray) else jnp.asarray(w)
         start = _Start(leaf, niter, iterations, quantise_first, orthonormal)

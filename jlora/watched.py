@@ -9,14 +9,22 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.factors import with_factors
+from jlora.factors import sides, with_factors
 from jlora.leaf import Equation, is_array_leaf, product_sides, rule
 from jlora.lora import LoraArray, leaves_by_path
 from jlora.lowrank import LowRank, contract
-from jlora.products import name_axes
+from jlora.products import gather_axes, gather_rows, name_axes, ragged_factors
 from jlora.tree import map_with_path
 
-__all__ = ["adapters_of", "gradients_of", "moments_of", "sides_of", "stack_of", "stacked"]
+__all__ = [
+    "adapters_of",
+    "check_finite",
+    "check_met",
+    "gradients_of",
+    "moments_of",
+    "stack_of",
+    "stacked",
+]
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -45,15 +53,9 @@ def stack_of(leaf: LoraArray) -> tuple[int, ...]:
     return leaf.a.shape[: leaf.axes.count("stack")]
 
 
-def sides_of(leaf: LoraArray) -> tuple[int, int]:
-    """Inputs and outputs of one matrix of a stack."""
-    stack = len(stack_of(leaf))
-    return math.prod(leaf.a.shape[stack:-1]), math.prod(leaf.b.shape[stack + 1 :])
-
-
 def stacked(leaf: LoraArray, side: int, width: int) -> tuple[int, ...]:
     """The shape of some columns for the inputs (side 0) or outputs (side 1) of each matrix."""
-    return (*stack_of(leaf), sides_of(leaf)[side], width)
+    return (*stack_of(leaf), sides(leaf)[side], width)
 
 
 def gradients_of(
@@ -115,6 +117,30 @@ def moments_of(
     return gradients_of(params, lambda p, batch: _total(fn(p, batch)), batches, watched)
 
 
+def check_finite(measured: Mapping[str, jax.Array], text: str) -> None:
+    """Raises ValueError with the path of a weight of which something else was measured.
+
+    Args:
+      measured: by path; under `jit` nothing is looked at.
+      text: the message, with a place for the path.
+    """
+    for path, x in measured.items():
+        if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+            raise ValueError(text.format(repr(path)))
+
+
+def check_met(energy: Mapping[str, jax.Array]) -> None:
+    """Raises ValueError where what `moments_of` gives for `b`, the inputs' energy, is no number."""
+    check_finite(energy, "The inputs of {} hold NaN or infinite values.")
+    for path, x in energy.items():
+        if not isinstance(x, jax.core.Tracer) and not bool(x.any()):
+            raise ValueError(
+                f"{path!r} met no inputs but zeros: no floating-point result of the function "
+                "depends on what it was multiplied with. Leave it out of the targets "
+                "(lora.exclude in a run), or start without data."
+            )
+
+
 def _total(results: Any) -> jax.Array:
     """Something that depends on all of the results."""
     floating = (x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating))
@@ -124,13 +150,25 @@ def _total(results: Any) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Watching(LowRank):
-    """A watched weight on its way through a function."""
+    """A watched weight on its way through a function, which only rules that watch may use."""
+
+    squares: ClassVar[bool] = False
+
+    def materialise(self) -> jax.Array:
+        """Raises ValueError: what meets a dense array is not seen."""
+        raise ValueError(
+            f"The inputs that {self.name()!r} meets cannot all be measured: the function uses it "
+            "otherwise than in products from its input side and lookups of its rows. Leave it out "
+            "of the targets (lora.exclude in a run), or start without data."
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _WatchingSquares(_Watching):
-    """Likewise."""
+    """A watched weight of which the inputs' squares are wanted, summed."""
+
+    squares: ClassVar[bool] = True
 
 
 @jax.tree_util.register_dataclass
@@ -157,21 +195,84 @@ class _WatchedSquares(_Watched):
 
 
 @rule(_Watching, "dot_general")
-def _watch(equation: Equation, left: Any, right: Any) -> Any:
+def _watch_product(equation: Equation, left: Any, right: Any) -> Any:
     leaf, x, leaf_dims, x_dims = product_sides(equation, left, right, _Watching)
     if is_array_leaf(x):
-        return NotImplemented
+        x = equation.context.materialise(x, equation.name)
+    if any(leaf.v.shape[axis] > 1 for axis in leaf_dims[0]):
+        leaf.materialise()
     leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
-    free = [axis for axis in x_axes if axis[0] == "x" or leaf.v.shape[axis[1]] > 1]
-    seen = jax.lax.stop_gradient(x).astype(leaf.u.dtype)
-    squares = jnp.square(seen)
-    only_squares = isinstance(leaf, _WatchingSquares)
-    met = squares if only_squares else seen
+    seen, met = _seen_of(leaf, x)
+    shared = [axis for axis, size in zip(leaf_axes, leaf.v.shape) if size > 1]
+    owned = [axis for axis, size in zip(leaf_axes, leaf.u.shape) if size > 1]
+    free = [a for a in (*x_axes, *leaf_axes) if a[0] == "x" or (a in owned and a in shared)]
+    free = list(dict.fromkeys(free))  # tokens, and the axes of the stack, which both factors have
     hidden = contract(met, x_axes, leaf.u, [*leaf_axes, "rank"], [*free, "rank"])
-    told = jnp.ones_like(hidden) if only_squares else hidden
-    nothing = _report(hidden, told, leaf.v, jnp.sum(squares))
+    energy = contract(
+        jnp.square(seen), x_axes, jnp.ones_like(leaf.v), [*leaf_axes, "rank"], [*shared, "rank"]
+    )
     out = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
-    return out + nothing.astype(out.dtype)
+    return _with_report(out, leaf, hidden, energy)
+
+
+@rule(_Watching, "ragged_dot_general")
+def _watch_experts(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset: Any) -> Any:
+    found = ragged_factors(equation, x, leaf) if isinstance(leaf, _Watching) else None
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    if found is None or offset or leaf.v.shape[numbers.dot_dimension_numbers[0][1][0]] > 1:
+        return NotImplemented if not isinstance(leaf, _Watching) else leaf.materialise()
+    rows, u, _ = found
+    seen, met = _seen_of(leaf, rows)
+    hidden = jax.lax.ragged_dot(met, u, group_sizes)
+    ends = jnp.cumsum(group_sizes)
+    groups = jnp.searchsorted(ends, jnp.arange(len(rows)), side="right")
+    # Rows behind the last group meet no weight: their group is out of bounds and dropped.
+    energy = jax.ops.segment_sum(jnp.square(seen).sum(-1), groups, num_segments=len(group_sizes))
+    place = [1] * leaf.v.ndim
+    place[numbers.rhs_group_dimensions[0]] = -1
+    return _with_report(equation.bind(x, leaf.w, group_sizes), leaf, hidden, energy.reshape(place))
+
+
+@rule(_Watching, "gather")
+def _watch_lookup(equation: Equation, leaf: Any, indices: Any) -> Any:
+    """Rows are what an input of zeros and a one gives; layers of a stack are weights still."""
+    found = gather_axes(equation, leaf, indices) if isinstance(leaf, _Watching) else None
+    if found is None:
+        return leaf.materialise() if isinstance(leaf, _Watching) else NotImplemented
+    indexed, _, _ = found
+    if all(leaf.u.shape[axis] == 1 or leaf.v.shape[axis] > 1 for axis in indexed):
+        return NotImplemented  # as any adapter's
+    if any(leaf.v.shape[axis] > 1 for axis in indexed):
+        return leaf.materialise()
+    hidden = gather_rows(equation, leaf.u, indices, indexed)
+    count = jnp.asarray(math.prod(indices.shape[:-1]), leaf.u.dtype)
+    return _with_report(equation.bind(leaf.w, indices), leaf, hidden, count)
+
+
+@rule(_Watching, "conv_general_dilated")
+def _refuse(equation: Equation, *operands: Any) -> Any:
+    return next(x for x in operands if isinstance(x, _Watching)).materialise()
+
+
+def _seen_of(leaf: _Watching, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An input, and what its product with `u` is to be of: itself or its squares."""
+    seen = jax.lax.stop_gradient(x).astype(leaf.u.dtype)
+    return seen, jnp.square(seen) if leaf.squares else seen
+
+
+def _with_report(out: jax.Array, leaf: _Watching, hidden: jax.Array, energy: jax.Array) -> Any:
+    told = jnp.ones_like(hidden) if leaf.squares else hidden
+    energy = energy.reshape(_spread(energy.shape, leaf.v.shape))
+    energy = jnp.broadcast_to(energy, leaf.v.shape).astype(leaf.v.dtype)
+    return out + _report(hidden, told, leaf.v, energy).astype(out.dtype)
+
+
+def _spread(shape: tuple[int, ...], like: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape that lacks axes of size 1, with them in their places."""
+    if len(shape) in (0, len(like)):
+        return shape
+    sizes = iter(shape)
+    return (*(next(sizes) if size > 1 else 1 for size in like[:-1]), shape[-1])
 
 
 @jax.custom_vjp
@@ -181,13 +282,12 @@ def _report(hidden: jax.Array, told: jax.Array, v: jax.Array, energy: jax.Array)
 
 
 def _seen(hidden: jax.Array, told: jax.Array, v: jax.Array, energy: jax.Array) -> Any:
-    return jnp.zeros(()), (told, v, energy)
+    return jnp.zeros(()), (told, energy)
 
 
 def _told(seen: Any, _: jax.Array) -> Any:
-    told, v, energy = seen
-    spread = jnp.broadcast_to(energy, v.shape).astype(v.dtype)
-    return told, jnp.zeros_like(told), spread, jnp.zeros_like(energy)
+    told, energy = seen
+    return told, jnp.zeros_like(told), energy, jnp.zeros_like(energy)
 
 
 _report.defvjp(_seen, _told)

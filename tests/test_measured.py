@@ -267,15 +267,11 @@ def test_qera_with_fewer_inputs_than_directions_and_dead_ones():
         # Two inputs have two directions: rank 3 corrects them whole.
         assert output_error(error, update, layer) < 1e-3 * output_error(error, 0, layer), name
         assert np.linalg.norm(error - update) <= np.linalg.norm(error) * 1.0001
-    nothing, _ = measured.qera(
-        jax.random.key(0), params, CONFIG, jlora.adapt(model), [jnp.zeros((4, 20))], base=dense
-    )
     exact = {name: jlora.dequantize(leaf) for name, leaf in quantised.items()}
     kept, _ = measured.qera(
         jax.random.key(0), params, CONFIG, jlora.adapt(model), batches, base=exact
     )
     for name in dense:
-        assert all(np.isfinite(y).all() for y in (nothing[name].a, nothing[name].b))
         # Where quantising lost nothing, the start is the default's, which can train.
         np.testing.assert_array_equal(kept[name].a, params[name].a)
         np.testing.assert_array_equal(kept[name].b, params[name].b)
@@ -300,6 +296,129 @@ def test_inputs_in_bfloat16_are_summed_in_float32():
             assert output_error(error, update, layer) < 1.02 * best, name
 
 
+def start_alone(fn, x, shape, axes, **options):
+    """QERA for one weight, `w`: the started leaf, and what quantising took of it."""
+    w = jax.random.normal(jax.random.key(7), shape) / 4
+    packed = jlora.quantize({"w": w}, "nf4", targets="w", axes={"w": axes})
+    config = jlora.LoraConfig(rank=3, alpha=6, targets=("w",), axes={"w": axes})
+    params = jlora.init(jax.random.key(3), packed, config)
+    options = {"iterations": 12, **options}
+    started, _ = measured.qera(
+        jax.random.key(0), params, config, jlora.adapt(fn), [x], base={"w": w}, **options
+    )
+    return started["w"], w - packed["w"].materialise(), params["w"]
+
+
+GROUPS = jnp.array([10, 0, 30, 16])  # the last four rows of 60 meet no expert
+EXPERTS = (4, 64, 20), ("stack", "in", "out")
+SCALES = 3 * 2.0 ** (-jnp.arange(64) / 6)
+ROWS = jax.random.normal(jax.random.key(8), (60, 64)) * SCALES
+WORDS = jnp.array([0, 0, 0, 0, 1, 1, 2, 3, 5, 5, 5, 5, 5, 5])
+USES = {
+    "experts on sorted rows": (
+        lambda p, x: jax.lax.ragged_dot(x, p["w"], GROUPS),
+        (ROWS, *EXPERTS),
+        [ROWS[:10], ROWS[:0], ROWS[10:40], ROWS[40:56]],
+    ),
+    "experts that share their input": (
+        lambda p, x: jnp.einsum("bi,eio->beo", x, p["w"]),
+        (ROWS, *EXPERTS),
+        [ROWS] * 4,
+    ),
+    "experts under vmap": (
+        lambda p, x: jax.vmap(lambda w, x: x @ w)(p["w"], x.reshape(4, 15, 64)),
+        (ROWS, *EXPERTS),
+        [*ROWS.reshape(4, 15, 64)],
+    ),
+    "lookups": (
+        lambda p, i: p["w"][i],
+        (WORDS, (40, 64), ("in", "out")),
+        [jax.nn.one_hot(WORDS, 40)],
+    ),
+    "the outputs' axis first": (
+        lambda p, x: x @ p["w"].T,
+        (ROWS, (30, 64), ("out", "in")),
+        [ROWS],
+    ),
+}
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("use", USES)
+def test_qera_is_the_best_of_its_rank_for_each_use(use, diagonal):
+    fn, (x, shape, axes), inputs = USES[use]
+    leaf, error, fresh = start_alone(fn, x, shape, axes, diagonal=diagonal)
+    error, update = (
+        np.asarray(y if axes[-1] == "out" else y.mT, np.float64)
+        for y in (error, jlora.merge_params(leaf) - leaf.w.materialise())
+    )
+    for i, met in enumerate(inputs):
+        e, u = (y[i] if axes[0] == "stack" else y for y in (error, update))
+        met = np.asarray(met, np.float64)
+        if not len(met):  # an expert without a row starts as by default
+            np.testing.assert_array_equal(leaf.a[i], fresh.a[i])
+            assert not np.any(leaf.b[i])
+            continue
+        met = np.diag(np.linalg.norm(met, axis=0)) if diagonal else met
+        values = np.linalg.svd(met @ e, compute_uv=False)
+        best = np.linalg.norm(values[3:])
+        assert np.linalg.norm(met @ (e - u)) < 1.001 * best + 1e-5 * np.linalg.norm(met @ e)
+        assert best < 0.95 * np.linalg.norm(met @ e)
+
+
+@pytest.mark.filterwarnings("ignore:jlora has no low-rank rule")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: (x @ p["w"]) @ p["w"].T,
+        lambda p, x: x @ (p["w"] ** 2),
+        lambda p, x: jax.lax.conv_general_dilated(
+            x[None, None], p["w"][None, None], (1, 1), "VALID"
+        ),
+    ],
+)
+def test_inputs_that_cannot_be_measured_are_told(fn):
+    with pytest.raises(ValueError, match="The inputs that 'w' meets cannot all be measured"):
+        start_alone(fn, ROWS, (64, 40), ("in", "out"))
+
+
+def test_eva_sees_the_energy_of_each_expert():
+    """Ranks go by the share of an expert's own inputs, and those of sorted rows count."""
+    fn, (x, shape, axes), inputs = USES["experts on sorted rows"]
+    params = {"w": jnp.ones(shape), "v": jnp.ones((20, 20))}
+    roles = {"w": axes, "v": ("in", "out")}
+    config = jlora.LoraConfig(rank=4, targets=("w", "v"), axes=roles)
+    tree = jlora.init(jax.random.key(0), params, config)
+    both = jlora.adapt(lambda p, x: fn(p, x) @ p["v"])
+    started, read = measured.eva(jax.random.key(1), tree, config, both, [x], iterations=8)
+    for a, met in zip(started["w"].a, inputs):
+        if len(met):
+            _, _, v = np.linalg.svd(np.asarray(met), full_matrices=False)
+            assert spans_alike(a[:, :2], v[:2].T)
+    assert dict(read.rank_pattern)  # both are in the tree still
+    assert {name for name, leaf in started.items() if isinstance(leaf, jlora.LoraArray)} == {
+        "w",
+        "v",
+    }
+
+
+@pytest.mark.parametrize("init", ["qera", "loftq"])
+def test_adapters_over_plain_weights_stay_as_they_are(init):
+    quantised, _, batches = make("nf4")
+    dense = make()[0]
+    mixed = {**quantised, "first": dense["first"]}
+    params = jlora.init(jax.random.key(3), mixed, CONFIG)
+    if init == "loftq":
+        started = jlora.variants.loftq(params, dense)
+    else:
+        started, _ = measured.qera(
+            jax.random.key(0), params, CONFIG, jlora.adapt(model), batches, base=dense
+        )
+    for name, leaf in params.items():
+        same = jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), leaf, started[name])
+        assert all(jax.tree.leaves(same)) == (name == "first")
+
+
 def test_what_qera_cannot_start_from_is_told():
     quantised, params, batches = make("nf4")
     dense, plain, _ = make()
@@ -308,8 +427,16 @@ def test_what_qera_cannot_start_from_is_told():
         key = jax.random.key(0)
         return measured.qera(key, params, CONFIG, jlora.adapt(model), batches, base=base)
 
-    with pytest.raises(ValueError, match=r"'first' is a plain array: call jlora\.quantize before"):
+    with pytest.raises(
+        ValueError, match=r"no weight with an adapter is quantised: call jlora\.quan"
+    ):
         start(plain, dense)
+    with pytest.raises(ValueError, match="pass base="):
+        start(params, None)
+    with pytest.raises(ValueError, match="The inputs of 'first' hold NaN"):
+        start(params, dense, [batches[0].at[0, 0].set(jnp.nan)])
+    with pytest.raises(ValueError, match="'first' met no inputs but zeros"):
+        start(params, dense, [0 * batches[0]])
     with pytest.raises(ValueError, match="'first' of base is quantised itself"):
         start(params, quantised)
     with pytest.raises(ValueError, match=r"base has no weight of shape \(20, 24\) at 'first'"):
@@ -329,6 +456,12 @@ def test_mistakes_are_told():
         measured.eva(jax.random.key(0), params, CONFIG, jlora.adapt(model), [])
     with pytest.raises(ValueError, match="rho must be at least 1"):
         measured.eva(jax.random.key(0), params, CONFIG, jlora.adapt(model), batches, rho=0.5)
+    with pytest.raises(ValueError, match="gamma must be at least 1"):
+        measured.lora_ga(jax.random.key(0), params, CONFIG, loss, batches, gamma=0.0)
+    with pytest.raises(ValueError, match="iterations must be at least 0, got -1"):
+        measured.lora_ga(jax.random.key(0), params, CONFIG, loss, batches, iterations=-1)
+    with pytest.raises(ValueError, match="The gradient along 'first' holds NaN"):
+        measured.lora_ga(jax.random.key(0), params, CONFIG, loss, [batches[0].at[0].set(jnp.nan)])
     wide = dataclasses.replace(CONFIG, rank=11)
     with pytest.raises(ValueError, match="Lower its rank to 10"):
         measured.lora_ga(

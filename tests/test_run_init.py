@@ -15,6 +15,7 @@ from tiny import write_config, write_model
 import jlora
 from jlora import cli, config, models, saved, starts
 from jlora.base import Base
+from jlora.quant import NF4Array
 
 TOKENS = np.asarray(jax.random.randint(jax.random.key(9), (2, 12), 0, 250), np.int32)
 CASES = {
@@ -109,6 +110,63 @@ def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
             got, logits(on_original, on_original.params), rtol=1e-4, atol=1e-4
         )
     assert np.abs(got - logits_of(torch, reference)).max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["qera", "loftq"])
+def test_a_start_over_quantised_layers_leaves_a_dense_head_as_it_is(init, tmp_path):
+    lora = {"init": init, "init_batches": 2, "targets": "all-linear", "dropout": 0.0}
+    path = write_config(tmp_path, lora=lora, eval={"samples": 0}, train={"steps": 3})
+    write_model(tmp_path / "model", tied=False)
+    assert cli.main(["train", str(path), "model.quantize=nf4"]) == 0
+    trained, _ = saved.load_run(tmp_path / "runs" / "tiny", quiet)
+    leaves = jlora.lora.leaves_by_path(trained.params)
+    head = leaves["lm_head/kernel"]
+    assert isinstance(head.w, jax.Array)
+    assert isinstance(leaves["layers/mlp/up_proj/kernel"].w, NF4Array)
+    # After three steps from zero the head's update is small beside what makes up for quantising.
+    sizes = {
+        name: float(jnp.abs(leaf.b).max()) for name, leaf in leaves.items() if "kernel" in name
+    }
+    assert 0 < sizes.pop("lm_head/kernel") < 0.3 * min(sizes.values())
+    out = tmp_path / "merged"
+    merge = ["merge", str(tmp_path / "runs" / "tiny"), "-o", str(out), "--into", "dequantized"]
+    assert cli.main(merge) == 0
+    model, params = models.load(out)
+    assert_close(model.apply({"params": params}, TOKENS), logits(trained, trained.params), 1e-4)
+
+
+@pytest.mark.slow
+def test_tables_in_int8_have_originals_too(tmp_path, capsys):
+    """An unfinished run whose layers are dense and whose tables are not, and its merge's table."""
+    targets = ["embed_tokens", "lm_head", "q_proj"]
+    lora = {"init": "pissa", "rank": 4, "targets": targets, "dropout": 0.0}
+    path = write_config(tmp_path, lora=lora, eval={"samples": 0}, train={"steps": 4})
+    write_model(tmp_path / "model", tied=False)
+    options = ["model.quantize_embeddings=int8"]
+    assert cli.main(["train", str(path), *options]) == 0
+    run = tmp_path / "runs" / "tiny"
+    out = [tmp_path / "finished", tmp_path / "unfinished"]
+    assert cli.main(["merge", str(run), "-o", str(out[0])]) == 0
+    (run / "result.json").unlink()
+    assert cli.main(["merge", str(run), "-o", str(out[1]), "--into", "original"]) == 0
+    for one, other in zip(*(jax.tree.leaves(models.load(folder)[1]) for folder in out)):
+        assert_close(one, other, 1e-5)
+
+    plain = [*options, "lora.init=default", "name=plain"]
+    assert cli.main(["train", str(path), *plain]) == 0
+    run = tmp_path / "runs" / "plain"
+    capsys.readouterr()
+    assert cli.main(["merge", str(run), "-o", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    trained, _ = saved.load_run(run, quiet)
+    original = models.load(tmp_path / "model")[1]
+    for figures in jlora.merge_error(trained.params, base=original).rows:
+        (shown,) = (line.split() for line in lines if line.startswith(figures.path))
+        names = ("update", "rounding", "worst", "erased", "noise", "shift")
+        for number, name in zip(shown[1:], names):
+            if number != "-":  # for q_proj, which is dense
+                assert float(number) == pytest.approx(getattr(figures, name), rel=0.01), name
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def random_params(config):
     )
 
 
-def write_model(folder, *, layers=2, dtype="float32"):
+def write_model(folder, *, layers=2, dtype="float32", tied=True):
     """Writes the folder; returns its path."""
     config = decoder.DecoderConfig(
         vocab_size=len(SPECIAL) + 256,
@@ -52,7 +52,7 @@ def write_model(folder, *, layers=2, dtype="float32"):
         num_kv_heads=2,
         head_dim=8,
         max_positions=256,
-        tie_embeddings=True,
+        tie_embeddings=tied,
         dtype=dtype,
         eos_token_ids=(2,),
     )

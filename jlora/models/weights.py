@@ -21,7 +21,17 @@ from jlora.models import slices
 from jlora.models.decoder import DecoderConfig, param_shapes
 from jlora.quant import QuantArray
 
-__all__ = ["Formats", "Place", "Source", "abstract", "describe", "fill", "format_at", "plan"]
+__all__ = [
+    "Formats",
+    "Place",
+    "Source",
+    "abstract",
+    "axes_at",
+    "describe",
+    "fill",
+    "format_at",
+    "plan",
+]
 
 Place = Callable[[str, tuple[int, ...]], Sharding | None]
 # One format for the weights of linear layers inside the layers, or formats by kind of weight:
@@ -42,7 +52,7 @@ def format_at(path: str, formats: Formats) -> quant.Format | None:
     if unknown := set(by_kind) - set(_KINDS):
         raise ValueError(f"quantize has formats for {list(_KINDS)}, got {sorted(unknown)}.")
     for fmt in by_kind.values():
-        if fmt is not None and fmt not in quant.FORMATS:
+        if fmt is not None and (not isinstance(fmt, str) or fmt not in quant.FORMATS):
             raise ValueError(
                 f"quantize must be one of {sorted(quant.FORMATS)} or None, got {fmt!r}."
             )
@@ -60,6 +70,11 @@ def describe(formats: Formats) -> str | None:
 
 
 def _by_kind(formats: Formats) -> Mapping[str, quant.Format | None]:
+    if not (formats is None or isinstance(formats, str | Mapping)):
+        raise ValueError(
+            f"quantize must be one of {sorted(quant.FORMATS)}, None, or formats for {list(_KINDS)} "
+            f"such as {{'layers': 'nf4', 'embeddings': 'int8'}}, got {formats!r}."
+        )
     return formats if isinstance(formats, Mapping) else {"layers": formats}
 
 
@@ -69,10 +84,15 @@ def plan(path: str, shape: Sequence[int], dtype: Any, formats: Formats) -> Any:
     fmt = format_at(path, formats)
     if fmt is None:
         return leaf
-    axes: Any = (*(("stack",) * (len(shape) - 2)), "in", "out")
+    pack = functools.partial(quant.pack_weight, axes=axes_at(path, len(shape)), fmt=fmt)
+    return jax.eval_shape(pack, leaf)
+
+
+def axes_at(path: str, ndim: int) -> tuple[Any, ...]:
+    """The roles of a parameter's axes in which loading packs it."""
     if path.endswith("/embedding"):
-        axes = ("out", "in")  # rows are looked up whole, and an output of a tied head
-    return jax.eval_shape(functools.partial(quant.pack_weight, axes=axes, fmt=fmt), leaf)
+        return ("out", "in")  # rows are looked up whole, and an output of a tied head
+    return (*(("stack",) * (ndim - 2)), "in", "out")
 
 
 def abstract(config: DecoderConfig, formats: Formats = None) -> Any:
