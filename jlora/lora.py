@@ -370,8 +370,8 @@ def _check_train(leaves: Mapping[str, Any], config: LoraConfig, adapted: Iterabl
                 raise ValueError(f"{path!r} is both in rows and in train; choose one.")
             if isinstance(leaves[path], QuantArray):
                 raise ValueError(
-                    f"train names {path!r}, which is quantised and has no gradient: leave it out of "
-                    "train or of quantize (model.quantize, model.quantize_embeddings in a run)."
+                    f"train names {path!r}, which is quantised and has no gradient: leave it out "
+                    "of train or quantize (model.quantize, model.quantize_embeddings in a run)."
                 )
             dtype = getattr(leaves[path], "dtype", type(leaves[path]).__name__)
             if isinstance(dtype, str) or not jnp.issubdtype(dtype, jnp.floating):

@@ -125,7 +125,7 @@ def check_finite(measured: Mapping[str, jax.Array], text: str) -> None:
       text: the message, with a place for the path.
     """
     for path, x in measured.items():
-        if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+        if _is_known(x) and not bool(jnp.isfinite(x).all()):
             raise ValueError(text.format(repr(path)))
 
 
@@ -133,12 +133,16 @@ def check_met(energy: Mapping[str, jax.Array]) -> None:
     """Raises ValueError where what `moments_of` gives for `b`, the inputs' energy, is no number."""
     check_finite(energy, "The inputs of {} hold NaN or infinite values.")
     for path, x in energy.items():
-        if not isinstance(x, jax.core.Tracer) and not bool(x.any()):
+        if _is_known(x) and not bool(x.any()):
             raise ValueError(
                 f"{path!r} met no inputs but zeros: no floating-point result of the function "
                 "depends on what it was multiplied with. Leave it out of the targets "
                 "(lora.exclude in a run), or start without data."
             )
+
+
+def _is_known(x: jax.Array) -> bool:
+    return not isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _total(results: Any) -> jax.Array:

@@ -183,7 +183,7 @@ def test_a_run_that_eva_starts_is_plain_lora_with_its_ranks(tmp_path, capsys):
     assert lora.init == "default"
     assert len(set(ranks.values())) > 1
     capsys.readouterr()
-    assert cli.main(["train", str(path), "name=again"]) == 0
+    assert cli.main(["train", str(path), "name=again", "model.cache=true"]) == 0
     said = capsys.readouterr().out
     assert "Resuming at step 2" in said
     assert "Measuring" not in said  # the start is in the folder
