@@ -203,7 +203,8 @@ def _watch_product(equation: Equation, left: Any, right: Any) -> Any:
     leaf, x, leaf_dims, x_dims = product_sides(equation, left, right, _Watching)
     if is_array_leaf(x):
         x = equation.context.materialise(x, equation.name)
-    if any(leaf.v.shape[axis] > 1 for axis in leaf_dims[0]):
+    inputs, outputs = _sides(leaf)
+    if not leaf_dims[0] or set(inputs) - {*leaf_dims[0]} or {*leaf_dims[0]} & set(outputs):
         leaf.materialise()
     leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
     seen, met = _seen_of(leaf, x)
@@ -244,7 +245,8 @@ def _watch_lookup(equation: Equation, leaf: Any, indices: Any) -> Any:
     if found is None:
         return leaf.materialise() if isinstance(leaf, _Watching) else NotImplemented
     indexed, _, _ = found
-    if all(leaf.u.shape[axis] == 1 or leaf.v.shape[axis] > 1 for axis in indexed):
+    inputs, outputs = _sides(leaf)
+    if not {*inputs, *outputs} & set(indexed):
         return NotImplemented  # as any adapter's
     if any(leaf.v.shape[axis] > 1 for axis in indexed):
         return leaf.materialise()
@@ -256,6 +258,13 @@ def _watch_lookup(equation: Equation, leaf: Any, indices: Any) -> Any:
 @rule(_Watching, "conv_general_dilated")
 def _refuse(equation: Equation, *operands: Any) -> Any:
     return next(x for x in operands if isinstance(x, _Watching)).materialise()
+
+
+def _sides(leaf: _Watching) -> tuple[list[int], list[int]]:
+    """The axes of inputs and of outputs; the stack's are axes of both factors."""
+    sizes = list(enumerate(zip(leaf.u.shape[:-1], leaf.v.shape[:-1])))
+    inputs = [axis for axis, (u, v) in sizes if u > 1 and v == 1]
+    return inputs, [axis for axis, (u, v) in sizes if v > 1 and u == 1]
 
 
 def _seen_of(leaf: _Watching, x: jax.Array) -> tuple[jax.Array, jax.Array]:

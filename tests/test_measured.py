@@ -372,6 +372,8 @@ def test_qera_is_the_best_of_its_rank_for_each_use(use, diagonal):
     [
         lambda p, x: (x @ p["w"]) @ p["w"].T,
         lambda p, x: x @ (p["w"] ** 2),
+        lambda p, x: x @ p["w"] + (x @ p["w"][:, WORDS]).sum(),
+        lambda p, x: x @ p["w"] + jnp.einsum("b,io->bio", x[:, 0], p["w"]).sum(),
         lambda p, x: jax.lax.conv_general_dilated(
             x[None, None], p["w"][None, None], (1, 1), "VALID"
         ),
