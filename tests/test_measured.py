@@ -230,6 +230,7 @@ def test_few_iterations_of_qera_are_near_the_best():
             assert output_error(error, update, layer) < limit * best, name
 
 
+@pytest.mark.slow
 def test_the_error_that_qera_leaves_falls_with_the_rank():
     left = []
     for rank in (1, 4, 12):
@@ -243,6 +244,7 @@ def test_the_error_that_qera_leaves_falls_with_the_rank():
     assert left[2] < 0.5 * left[1]
 
 
+@pytest.mark.slow
 def test_qera_in_float64():
     with jax.enable_x64(True):
         config = dataclasses.replace(CONFIG, dtype="float64")
