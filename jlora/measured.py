@@ -20,7 +20,7 @@ from jlora.lora import LoraArray, LoraConfig, initialiser, leaves_by_path, merge
 from jlora.packed import weight_to_matrices
 from jlora.quant import QuantArray
 from jlora.tree import map_with_path
-from jlora.variants import without_stack
+from jlora.variants import check_quantised, without_stack
 from jlora.watched import (
     LossFn,
     adapters_of,
@@ -235,13 +235,7 @@ def qera(
     """
     _check_iterations(iterations)
     leaves = {p: x for p, x in adapters_of(params).items() if isinstance(x.w, QuantArray)}
-    if not leaves:
-        raise ValueError(
-            "QERA corrects what quantising did, and no weight with an adapter is quantised: call "
-            "jlora.quantize before jlora.init, and give the plain weights as base."
-        )
-    if base is None:
-        raise ValueError("QERA needs the weights before they were quantised: pass base=.")
+    check_quantised("QERA", params, base)
     originals = leaves_by_path(base)
     for path, leaf in leaves.items():
         if getattr(originals.get(path), "shape", None) != leaf.shape:

@@ -34,7 +34,9 @@ __all__ = [
     "gather_rows",
     "name_axes",
     "product",
+    "ragged_axes",
     "ragged_factors",
+    "ragged_rows",
     "result_axes",
 ]  # importing this module registers its rules
 
@@ -349,13 +351,13 @@ def _first_precision(precision: Any) -> Any:
 @rule(LowRank, "ragged_dot_general")
 def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset: Any) -> Any:
     """Experts on sorted rows: the rows of each group meet that group's factors."""
-    if offset or ragged_factors(equation, x, leaf) is None:
+    found = None if offset else ragged_axes(equation, x, leaf)
+    if found is None:
         return NotImplemented
     base = equation.bind(x, leaf.w, group_sizes)
     x, leaf = drop_out(x, leaf, equation.context)
-    found = ragged_factors(equation, x, leaf)
-    assert found is not None
-    rows, u, v = found
+    u, v = ragged_factors(leaf, *found)
+    rows = ragged_rows(equation, x)
     precision = equation.params["precision"]
     axes = ["group", "in", "rank"]
     placed = _placement(equation.out.sharding, ["row", "rank"], (rows, ["row", "in"]), (u, axes))
@@ -371,12 +373,10 @@ def _ragged_dot(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset
     return base + update.astype(equation.out.dtype)
 
 
-def ragged_factors(
-    equation: Equation, x: Any, leaf: Any
-) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-    """Of a `ragged_dot_general`: `[rows in]`, `[groups in rank]` and `[groups rank out]`.
+def ragged_axes(equation: Equation, x: Any, leaf: Any) -> tuple[int, int, int] | None:
+    """A leaf's axes of groups, inputs and outputs in a `ragged_dot_general`.
 
-    None where the operands are others than a leaf's experts on rows.
+    None where the operands are others than experts on rows, one factor of each side.
     """
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (x_summed, w_summed), (x_batch, _) = numbers.dot_dimension_numbers
@@ -391,15 +391,26 @@ def ragged_factors(
         return None
     (group,), (summed,) = numbers.rhs_group_dimensions, w_summed
     (free,) = {0, 1, 2} - {group, summed}
+    u, v = (leaf.v, leaf.u) if leaf.v.shape[summed] > 1 else (leaf.u, leaf.v)
+    return None if u.shape[free] > 1 or v.shape[summed] > 1 else (group, summed, free)
+
+
+def ragged_rows(equation: Equation, x: jax.Array) -> jax.Array:
+    """The input of a `ragged_dot_general` as `[rows in]`."""
+    summed, _ = equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0]
+    return x if tuple(summed) == (1,) else x.T
+
+
+def ragged_factors(
+    leaf: LowRank, group: int, summed: int, free: int
+) -> tuple[jax.Array, jax.Array]:
+    """The factors as `[groups in rank]` and `[groups rank out]`, by the axes of `ragged_axes`."""
     u, v = leaf.u.astype(leaf.dtype), leaf.v.astype(leaf.dtype)
     if v.shape[summed] > 1:
         u, v = v, u
-    if u.shape[free] > 1 or v.shape[summed] > 1:
-        return None
     num_groups, rank = leaf.shape[group], u.shape[-1]
     u = u.transpose(group, summed, 3, free).reshape(u.shape[group], -1, rank)
     v = v.transpose(group, summed, 3, free).reshape(v.shape[group], rank, -1)
     u, v = (jnp.broadcast_to(f, (num_groups, *f.shape[1:])) for f in (u, v))
     u = jnp.broadcast_to(u, (num_groups, leaf.shape[summed], rank))
-    v = jnp.broadcast_to(v, (num_groups, rank, leaf.shape[free]))
-    return x if tuple(x_summed) == (1,) else x.T, u, v
+    return u, jnp.broadcast_to(v, (num_groups, rank, leaf.shape[free]))

@@ -80,15 +80,7 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
     Raises:
       ValueError: if no weight with an adapter is quantised, or `base` does not fit.
     """
-    adapters = [leaf for leaf in leaves_by_path(params).values() if isinstance(leaf, LoraArray)]
-    if adapters and not any(isinstance(leaf.w, QuantArray) for leaf in adapters):
-        raise ValueError(
-            "LoftQ makes up for the error of quantising, and no weight with an adapter is "
-            "quantised: call jlora.quantize (model.quantize in a run) before jlora.init, and give "
-            "the plain weights as base."
-        )
-    if base is None:
-        raise ValueError("LoftQ needs the weights before they were quantised: pass base=.")
+    check_quantised("LoftQ", params, base)
     for path, leaf in leaves_by_path(base).items():
         if isinstance(leaf, QuantArray):
             raise ValueError(
@@ -96,6 +88,19 @@ def loftq(params: Any, base: Any, *, iterations: int = 1) -> Any:
                 "itself: pass the weights as they were before jlora.quantize."
             )
     return _restart(params, base, None, None, iterations, quantise_first=True)
+
+
+def check_quantised(name: str, params: Any, base: Any) -> None:
+    """Raises ValueError if a start that corrects quantising, of this name, has nothing to do."""
+    adapters = [leaf for leaf in leaves_by_path(params).values() if isinstance(leaf, LoraArray)]
+    if adapters and not any(isinstance(leaf.w, QuantArray) for leaf in adapters):
+        raise ValueError(
+            f"{name} makes up for the error of quantising, and no weight with an adapter is "
+            "quantised: call jlora.quantize (model.quantize in a run) before jlora.init, and give "
+            "the plain weights as base."
+        )
+    if base is None:
+        raise ValueError(f"{name} needs the weights before they were quantised: pass base=.")
 
 
 def olora(params: Any, *, base: Any = None) -> Any:

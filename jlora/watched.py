@@ -13,7 +13,14 @@ from jlora.factors import sides, with_factors
 from jlora.leaf import Equation, is_array_leaf, product_sides, rule
 from jlora.lora import LoraArray, leaves_by_path
 from jlora.lowrank import LowRank, contract
-from jlora.products import gather_axes, gather_rows, name_axes, ragged_factors
+from jlora.products import (
+    gather_axes,
+    gather_rows,
+    name_axes,
+    ragged_axes,
+    ragged_factors,
+    ragged_rows,
+)
 from jlora.tree import map_with_path
 
 __all__ = [
@@ -203,50 +210,52 @@ def _watch_product(equation: Equation, left: Any, right: Any) -> Any:
     leaf, x, leaf_dims, x_dims = product_sides(equation, left, right, _Watching)
     if is_array_leaf(x):
         x = equation.context.materialise(x, equation.name)
-    inputs, outputs = _sides(leaf)
-    if not leaf_dims[0] or set(inputs) - {*leaf_dims[0]} or {*leaf_dims[0]} & set(outputs):
+    inputs, outputs, stack = _roles(leaf)
+    summed = {*leaf_dims[0]}
+    if not summed or inputs - summed or summed & outputs:
         leaf.materialise()
     leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
     seen, met = _seen_of(leaf, x)
-    shared = [axis for axis, size in zip(leaf_axes, leaf.v.shape) if size > 1]
-    owned = [axis for axis, size in zip(leaf_axes, leaf.u.shape) if size > 1]
-    free = [a for a in (*x_axes, *leaf_axes) if a[0] == "x" or (a in owned and a in shared)]
-    free = list(dict.fromkeys(free))  # tokens, and the axes of the stack, which both factors have
-    hidden = contract(met, x_axes, leaf.u, [*leaf_axes, "rank"], [*free, "rank"])
-    energy = contract(
-        jnp.square(seen), x_axes, jnp.ones_like(leaf.v), [*leaf_axes, "rank"], [*shared, "rank"]
-    )
+    tokens = [axis for axis in x_axes if axis[0] == "x"]
+    free = [*tokens, *(leaf_axes[axis] for axis in stack), "rank"]
+    hidden = contract(met, x_axes, leaf.u, [*leaf_axes, "rank"], free)
+    # Of the inputs' axes none is left where `v` has size 1: it is summed over, and a name of its
+    # own stands there.
+    kept = [axis if size > 1 else ("one", axis) for axis, size in zip(leaf_axes, leaf.v.shape)]
+    ones = jnp.ones_like(leaf.v)
+    energy = contract(jnp.square(seen), x_axes, ones, [*leaf_axes, "rank"], [*kept, "rank"])
     out = equation.bind(*((leaf.w, x) if leaf is left else (x, leaf.w)))
     return _with_report(out, leaf, hidden, energy)
 
 
 @rule(_Watching, "ragged_dot_general")
 def _watch_experts(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *offset: Any) -> Any:
-    found = ragged_factors(equation, x, leaf) if isinstance(leaf, _Watching) else None
-    numbers = equation.params["ragged_dot_dimension_numbers"]
-    if found is None or offset or leaf.v.shape[numbers.dot_dimension_numbers[0][1][0]] > 1:
-        return NotImplemented if not isinstance(leaf, _Watching) else leaf.materialise()
-    rows, u, _ = found
+    if not isinstance(leaf, _Watching):
+        return NotImplemented
+    found = None if offset else ragged_axes(equation, x, leaf)
+    if found is None or found[1] in _roles(leaf)[1]:
+        return leaf.materialise()
+    rows = ragged_rows(equation, x)
     seen, met = _seen_of(leaf, rows)
-    hidden = jax.lax.ragged_dot(met, u, group_sizes)
+    hidden = jax.lax.ragged_dot(met, ragged_factors(leaf, *found)[0], group_sizes)
     ends = jnp.cumsum(group_sizes)
     groups = jnp.searchsorted(ends, jnp.arange(len(rows)), side="right")
     # Rows behind the last group meet no weight: their group is out of bounds and dropped.
     energy = jax.ops.segment_sum(jnp.square(seen).sum(-1), groups, num_segments=len(group_sizes))
     place = [1] * leaf.v.ndim
-    place[numbers.rhs_group_dimensions[0]] = -1
+    place[found[0]] = -1
     return _with_report(equation.bind(x, leaf.w, group_sizes), leaf, hidden, energy.reshape(place))
 
 
 @rule(_Watching, "gather")
 def _watch_lookup(equation: Equation, leaf: Any, indices: Any) -> Any:
     """Rows are what an input of zeros and a one gives; layers of a stack are weights still."""
-    found = gather_axes(equation, leaf, indices) if isinstance(leaf, _Watching) else None
+    found = gather_axes(equation, leaf, indices)
     if found is None:
-        return leaf.materialise() if isinstance(leaf, _Watching) else NotImplemented
-    indexed, _, _ = found
-    inputs, outputs = _sides(leaf)
-    if not {*inputs, *outputs} & set(indexed):
+        return leaf.materialise()
+    indexed = found[0]
+    inputs, outputs, _ = _roles(leaf)
+    if not (inputs | outputs) & set(indexed):
         return NotImplemented  # as any adapter's
     if any(leaf.v.shape[axis] > 1 for axis in indexed):
         return leaf.materialise()
@@ -260,11 +269,13 @@ def _refuse(equation: Equation, *operands: Any) -> Any:
     return next(x for x in operands if isinstance(x, _Watching)).materialise()
 
 
-def _sides(leaf: _Watching) -> tuple[list[int], list[int]]:
-    """The axes of inputs and of outputs; the stack's are axes of both factors."""
-    sizes = list(enumerate(zip(leaf.u.shape[:-1], leaf.v.shape[:-1])))
-    inputs = [axis for axis, (u, v) in sizes if u > 1 and v == 1]
-    return inputs, [axis for axis, (u, v) in sizes if v > 1 and u == 1]
+def _roles(leaf: _Watching) -> tuple[set[int], set[int], set[int]]:
+    """The axes of inputs, of outputs and of the stack, by the factors that have them."""
+    inputs, outputs = (
+        {axis for axis, size in enumerate(factor.shape[:-1]) if size > 1}
+        for factor in (leaf.u, leaf.v)
+    )
+    return inputs - outputs, outputs - inputs, inputs & outputs
 
 
 def _seen_of(leaf: _Watching, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -275,17 +286,8 @@ def _seen_of(leaf: _Watching, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _with_report(out: jax.Array, leaf: _Watching, hidden: jax.Array, energy: jax.Array) -> Any:
     told = jnp.ones_like(hidden) if leaf.squares else hidden
-    energy = energy.reshape(_spread(energy.shape, leaf.v.shape))
     energy = jnp.broadcast_to(energy, leaf.v.shape).astype(leaf.v.dtype)
     return out + _report(hidden, told, leaf.v, energy).astype(out.dtype)
-
-
-def _spread(shape: tuple[int, ...], like: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape that lacks axes of size 1, with them in their places."""
-    if len(shape) in (0, len(like)):
-        return shape
-    sizes = iter(shape)
-    return (*(next(sizes) if size > 1 else 1 for size in like[:-1]), shape[-1])
 
 
 @jax.custom_vjp
