@@ -2,17 +2,10 @@
 
 import os
 
+from compiling import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of these tests' time is LLVM's: programs of a test run once, and need not be fast.
-_FLAGS = {
-    "xla_force_host_platform_device_count": "8",
-    "xla_backend_optimization_level": "1",
-    "xla_llvm_disable_expensive_passes": "true",
-}
-for _name, _value in _FLAGS.items():
-    _flags = os.environ.get("XLA_FLAGS", "")
-    if _name not in _flags:
-        os.environ["XLA_FLAGS"] = f"{_flags} --{_name}={_value}".strip()
+os.environ["XLA_FLAGS"] = xla_flags(8, os.environ.get("XLA_FLAGS", ""))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import itertools
@@ -30,7 +23,7 @@ for _name, _value in topology.ENVIRONMENT.items():
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_programs(tmp_path_factory):
-    """Keeps compiled programs on the disk, for all processes that these tests run in.
+    """Keeps compiled programs on the disk, for all processes that these tests run in and start.
 
     Many rows of a table differ only in where a weight comes from, small operations come again in
     every file, and so do runs of equal shapes.
@@ -45,6 +38,7 @@ def _compiled_programs(tmp_path_factory):
     }
     for name, value in settings.items():
         jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     compilation_cache.reset_cache()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import variant_laws
-from laws import TRANSFORMATIONS, arrays_of_size, assert_close, grad_of, is_lora
+from laws import arrays_of_size, assert_close, grad_of, is_lora
 from test_laws import CONFIG, LAYERS, USES
 
 import jlora
@@ -35,7 +35,7 @@ def train(params, seed=3):
     return jax.tree.map(functools.partial(trained, seed=seed), params, is_leaf=is_lora)
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("transformation", variant_laws.COMPILED)
 @pytest.mark.parametrize("use", USES)
 def test_adapted_equals_merged(use, transformation):
     variant_laws.assert_adapted_equals_merged(DORA, use, transformation, train)

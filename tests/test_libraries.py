@@ -1,6 +1,8 @@
 """Models in each library's own idioms: adapted equals dense, fresh equals base, paths are alike."""
 
 import dataclasses
+import functools
+import itertools
 
 import equinox as eqx
 import haiku as hk
@@ -152,7 +154,7 @@ LIBRARIES = [
 ]
 
 
-@pytest.fixture(params=LIBRARIES, ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=LIBRARIES, ids=lambda make: make.__name__)
 def case(request):
     fn, params, targets = request.param(jax.random.key(0))
     config = jlora.LoraConfig(rank=2, alpha=1, targets=targets)
@@ -160,15 +162,23 @@ def case(request):
     return fn, params, fresh, config
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def cells(count=4):
+    """(model, transformation): four a model, the next four of the next one."""
+    names = itertools.cycle(TRANSFORMATIONS)  # test_laws.py has all of them of each use
+    for make in LIBRARIES:
+        for name in itertools.islice(names, count):
+            yield pytest.param(make, name, id=f"{make.__name__}-{name}")
+
+
+@pytest.mark.parametrize(("case", "transformation"), cells(), indirect=["case"])
 def test_adapted_equals_dense(case, transformation):
     fn, _, fresh, config = case
     params = randomise(fresh, jax.random.key(2), scale=0.1)
     transform = TRANSFORMATIONS[transformation]
     adapted = jlora.adapt(fn, on_unsupported="error")
     got = transform(adapted, params, config, X)
-    wanted = transform(lambda params, x: fn(jlora.merge_params(params), x), params, config, X)
-    assert_close(got, wanted, rtol=2e-5)
+    merged = functools.partial(transform, lambda params, x: fn(jlora.merge_params(params), x))
+    assert_close(got, jax.jit(lambda x: merged(params, config, x))(X), rtol=2e-5)
 
 
 def test_a_fresh_adapter_is_bit_equal_to_the_base(case):

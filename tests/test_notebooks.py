@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+from compiling import xla_flags
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
@@ -103,7 +104,7 @@ def test_a_notebook_uses_public_names_alone(path):
 def run(path, folder, checks, monkeypatch):
     """Runs a notebook in `folder`, and `checks` in one more cell at its end."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a reader has
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())  # one device, as a reader has
     monkeypatch.delenv("MPLBACKEND", raising=False)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from compiling import xla_flags
 from test_mesh import TOLERANCE, losses_of, write_config
 
 from jlora import cli, process, report
@@ -32,7 +33,7 @@ def start(folder, arguments, count, each=((), ())):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+        "XLA_FLAGS": xla_flags(8 // count),
     }
     found = []
     for index in range(count):
@@ -232,7 +233,7 @@ def test_each_process_reads_and_holds_its_part_of_the_weights(tmp_path, fmt):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla_flags(4),
         **tiny.FREE_AT_ONCE,
     }
     port, arguments = free_port(), [str(tmp_path / "model"), json.dumps(fmt)]

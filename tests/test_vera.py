@@ -11,7 +11,7 @@ import optax
 import pytest
 import variant_laws
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from laws import TRANSFORMATIONS, assert_close, grad_of, is_lora
+from laws import assert_close, grad_of, is_lora
 from test_laws import CONFIG, LAYERS, USES
 
 import jlora
@@ -36,7 +36,7 @@ def train(params, seed=3):
     return jax.tree.map(functools.partial(trained, seed=seed), params, is_leaf=is_lora)
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("transformation", variant_laws.COMPILED)
 @pytest.mark.parametrize("use", USES)
 def test_adapted_equals_merged(use, transformation):
     variant_laws.assert_adapted_equals_merged(VERA, use, transformation, train)
