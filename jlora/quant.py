@@ -389,9 +389,13 @@ def dequantize(params: Any, *, dtype: Any = None) -> Any:
         leaf = dataclasses.replace(leaf, dtype_name=dtype_name)
         if isinstance(leaf.codes, jax.ShapeDtypeStruct):
             return jax.eval_shape(type(leaf).materialise, leaf)
-        return leaf.materialise()
+        return _materialise_compiled(leaf)
 
     return jax.tree.map(unpack, guarded(params), is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+
+
+# One by one the steps would write arrays of several times the weight's size.
+_materialise_compiled = jax.jit(lambda leaf: leaf.materialise())
 
 
 def guarded(params: Any) -> Any:
