@@ -7,6 +7,8 @@ from compiling import xla_flags
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = xla_flags(8, os.environ.get("XLA_FLAGS", ""))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads of PyTorch that wait for work spin, and these tests' models leave them nothing to do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import itertools
 
@@ -38,7 +40,9 @@ def _compiled_programs(tmp_path_factory):
     }
     for name, value in settings.items():
         jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
+    # A process of a test runs each of its programs once: the small ones are not worth a file.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     compilation_cache.reset_cache()
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,15 +27,6 @@ def metrics(run):
 
 def adapter(run):
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_programs_of_processes():
-    """Runs of equal shapes share their compiled programs, as a user's own do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-        yield
 
 
 @pytest.fixture(scope="module")
