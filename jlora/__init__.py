@@ -55,6 +55,7 @@ _MODULES = (
     "docstrings",
     "fingerprint",
     "generate",
+    "gptq",
     "losses",
     "measured",
     "models",

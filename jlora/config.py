@@ -69,6 +69,8 @@ class ModelConfig(_Section):
         int8 or float8, and computes in `dtype`; null for none.
       quantize_embeddings: a format for the embedding and an untied head too, of which int8 is
         nearly exact; null for none.
+      calibrate: of the run's first batches, whose inputs the layers' NF4 weights are rounded to
+        (GPTQ, arXiv:2210.17323); null rounds each element to its nearest code.
       cache: whether to keep the quantised weights on disk, for a faster next start.
       new_tokens: texts to add to the tokenizer; only their rows of the embedding train, and of an
         untied head.
@@ -80,6 +82,7 @@ class ModelConfig(_Section):
     unroll: _Count = 1
     quantize: Literal["nf4", "int8", "float8"] | None = None
     quantize_embeddings: Literal["nf4", "int8", "float8"] | None = None
+    calibrate: _Count | None = None
     cache: bool = False
     new_tokens: tuple[str, ...] = ()
 

@@ -44,6 +44,11 @@ def check(config: Any, path: Path) -> None:
             f"{path}: model.new_tokens and lora.rows train rows of tables in full precision: leave "
             "out model.quantize_embeddings, or these."
         )
+    if config.model.calibrate and (config.model.quantize != "nf4" or config.mesh):
+        raise ValueError(
+            f"{path}: model.calibrate rounds an NF4 base on one device: set model.quantize to nf4 "
+            "and leave out mesh, or leave out model.calibrate."
+        )
     init = config.lora.init
     if init.startswith(("loftq", "qera")) and config.model.formats is None:
         raise ValueError(

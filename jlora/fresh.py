@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jlora
-from jlora import config, devices, packing, starts
+from jlora import calibrated, config, devices, packing, starts
 from jlora.base import Base, adapt_base, load_base
 from jlora.fingerprint import fingerprint
 from jlora.leaf import is_array_leaf
@@ -18,6 +18,7 @@ from jlora.leaf import is_array_leaf
 __all__ = [
     "Rows",
     "adapt_run",
+    "calibrate_run",
     "changes_base",
     "lora_config",
     "make_mesh",
@@ -57,7 +58,7 @@ def make_mesh(run: config.RunConfig, on: Sequence[Any]) -> Mesh | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """What a start that needs data is measured on.
+    """What a start or a base that needs data is measured on.
 
     Attributes:
       batches: of the run; the first ones are taken.
@@ -68,6 +69,49 @@ class Rows:
     batches: packing.Batches
     origin: Mapping[str, Any]
     say: Callable[[str], None]
+
+
+def calibrate_run(
+    run: config.RunConfig, base: Base, folder: Path, rows: Rows | None = None
+) -> Base:
+    """Rounds a run's NF4 base to its rows, where `model.calibrate` says so: once, then from a file.
+
+    Args:
+      run: the config.
+      base: without adapters.
+      folder: of the run.
+      rows: to measure on, if `folder` holds no codes of such rows yet; None takes what it holds.
+
+    Raises:
+      FileNotFoundError: if the codes are neither there nor given rows.
+      ValueError: if the original weights are not there.
+    """
+    if run.model.calibrate is None or run.model.quantize is None:
+        return base
+    file, origin = folder / calibrated.FILE, _origin(run, rows)
+    begun = calibrated.load(file, base, origin)
+    if begun is None:
+        if rows is None:
+            raise FileNotFoundError(
+                f"There is no {file}, which holds the base of this run, rounded to its rows. jlora "
+                "train of the same run makes it again."
+            )
+        batches = starts.calibration(rows.batches, run.model.calibrate)
+        rows.say(f"Rounding the base to {len(batches)} batches, model.calibrate ...")
+        found = calibrated.calibrate(base, batches, _dense(run, base, "model.calibrate"))
+        calibrated.save(file, found, origin or {})
+        begun = calibrated.load(file, base, origin)
+        assert begun is not None
+    return begun
+
+
+def _origin(run: config.RunConfig, rows: Rows | None) -> dict[str, Any] | None:
+    """What is measured on and with; None without rows."""
+    if rows is None:
+        return None
+    sections = ("model", "data", "lora", "seed", "train")
+    counts = config.what_counts(run).items()
+    return {key: x for key, x in counts if key.split(".")[0] in sections} | dict(rows.origin)
 
 
 def adapt_run(
@@ -97,11 +141,7 @@ def adapt_run(
     def adapt(lora: jlora.LoraConfig) -> Base:
         return adapt_base(base, lora, key)
 
-    file = folder / starts.FILE
-    sections = ("model", "data", "lora", "seed", "train")
-    counts = config.what_counts(run).items()
-    settings = {key: value for key, value in counts if key.split(".")[0] in sections}
-    origin = None if rows is None else {**settings, **rows.origin}
+    file, origin = folder / starts.FILE, _origin(run, rows)
     begun = starts.load(file, adapt, origin)
     if begun is None:
         if rows is None:
@@ -132,12 +172,16 @@ def read_originals(run: config.RunConfig, base: Base) -> Any:
     """The weights before quantising, where `lora.init` starts from them; else None."""
     if not changes_base(run) or run.model.formats is None:
         return None
+    return _dense(run, base, f"lora.init={run.lora.init!r}")
+
+
+def _dense(run: config.RunConfig, base: Base, setting: str) -> Any:
+    """The weights before quantising, which a setting needs."""
     dense = load_base(run.model.path, dtype=run.model.dtype, vocabulary=base.vocabulary).params
     if any(map(is_array_leaf, jlora.lora.leaves_by_path(dense).values())):
         raise ValueError(
-            f"lora.init={run.lora.init!r} starts from the weights before they were quantised, and "
-            f"{run.model.path} holds them quantised only. Take the original model, or leave "
-            "lora.init out."
+            f"{setting} starts from the weights before they were quantised, and {run.model.path} "
+            "holds them quantised only. Take the original model, or leave this setting out."
         )
     return dense
 

@@ -245,7 +245,7 @@ def qera(
                 f"QERA starts from what quantising lost, and {path!r} of base is quantised itself: "
                 "pass the weights as they were before jlora.quantize."
             )
-    gradients = moments_of(params, fn, batches, leaves, squares=diagonal)
+    gradients = moments_of(params, fn, batches, leaves, of="squares" if diagonal else "inputs")
     column = {path: jnp.zeros(stacked(leaf, 0, 1)) for path, leaf in leaves.items()}
     squares, energy = gradients(column, None) if diagonal else ({}, {})
     errors = {path: _Error(leaf, jnp.asarray(originals[path])) for path, leaf in leaves.items()}

@@ -77,10 +77,19 @@ def pack(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     down, _ = _range(absmax)
     inverse = 1 / (jnp.where(absmax > 0, absmax, 1) * down)
     scaled = jnp.clip((blocks * down[..., None]) * inverse[..., None], -1, 1)
+    return pair(nearest(scaled).reshape(w.shape)), absmax
+
+
+def nearest(scaled: jax.Array) -> jax.Array:
+    """The places in `CODE`, `UInt8`, of what is nearest to values in [-1, 1]."""
     # Strictly above a threshold: a tie takes the lower code.
-    nibbles = sum((scaled > t).astype(jnp.uint8) for t in _THRESHOLDS)
-    pairs = jnp.asarray(nibbles).reshape(*w.shape[:-1], -1, 2)
-    return (pairs[..., 0] << 4) | pairs[..., 1], absmax
+    return jnp.asarray(sum((scaled > t).astype(jnp.uint8) for t in _THRESHOLDS))
+
+
+def pair(nibbles: jax.Array) -> jax.Array:
+    """Two places in `CODE` a byte, along the last axis, the first of them in the high nibble."""
+    pairs = nibbles.reshape(*nibbles.shape[:-1], -1, 2)
+    return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
 def unpack(codes: jax.Array, absmax: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -46,7 +46,7 @@ from jlora.base import (
     load_vocabulary,
 )
 from jlora.fingerprint import fingerprint, rows_of
-from jlora.fresh import Rows, adapt_run, lora_config, make_mesh, start_digest
+from jlora.fresh import Rows, adapt_run, calibrate_run, lora_config, make_mesh, start_digest
 
 __all__ = [
     "inspect",
@@ -289,9 +289,11 @@ def _prepare(
     metadata: dict[str, Any] = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
     if weights:
         base = load()
+        origin = {**metadata, "base": fingerprint(base.params, rows=rows)}
+        measured_on = Rows(batches, origin, say)
+        base = calibrate_run(run, base, run.folder, measured_on)
         metadata["base"] = fingerprint(base.params, rows=rows)
-        calibration = Rows(batches, dict(metadata), say)
-        base, started = adapt_run(run, base, run.folder, calibration)
+        base, started = adapt_run(run, base, run.folder, measured_on)
         if started != lora:
             metadata["lora"], lora = json.loads(started.to_json()), started
             say(str(jlora.summary(base.params, lora)))

@@ -16,7 +16,7 @@ import jlora
 from jlora import checkpoint, config, peft, train
 from jlora.base import Base, load_base, load_vocabulary
 from jlora.fingerprint import check_base, rows_of
-from jlora.fresh import adapt_run, changes_base, read_originals
+from jlora.fresh import adapt_run, calibrate_run, changes_base, read_originals
 from jlora.merging import MergeError, logit_errors
 from jlora.models import weights
 from jlora.quant import QuantArray, pack_weight
@@ -70,6 +70,8 @@ def load_run(
         cache=run.model.cache,
         vocabulary=load_vocabulary(run.model.path, run.model.new_tokens),
     )
+    if packs:
+        base = calibrate_run(run, base, folder)
     if finished:
         params, saved_lora = peft.load(folder / "adapter", base.params, other_base=other_base)
         if not changed or plain or not _has_packed(base.params):

@@ -21,7 +21,17 @@ from jlora import measured, objective, packing, tree, watched
 from jlora.base import Base
 from jlora.leaf import is_array_leaf
 
-__all__ = ["FILE", "MEASURED", "calibration", "load", "measure", "save"]
+__all__ = [
+    "FILE",
+    "MEASURED",
+    "calibration",
+    "digest",
+    "load",
+    "measure",
+    "outputs_of",
+    "save",
+    "write_arrays",
+]
 
 MEASURED = ("eva", "lora_ga", "qera", "qera_diagonal")
 FILE = "start.npz"
@@ -66,16 +76,21 @@ def measure(
     adapted = watched.adapters_of(base.params)
     # Logits of all tokens at once are large, and tell nothing where the head has no adapter.
     method = "__call__" if any(path.startswith("lm_head") for path in adapted) else "hidden"
+    fn = outputs_of(base, method)
+    if init == "eva":
+        return measured.eva(key, base.params, lora, fn, batches)
+    diagonal = init == "qera_diagonal"
+    return measured.qera(key, base.params, lora, fn, batches, base=originals(), diagonal=diagonal)
+
+
+def outputs_of(base: Base, method: str) -> Callable[[Any, Any], Any]:
+    """What a method of the model gives for a batch, as a function of its weights and the batch."""
 
     def outputs(params: Any, batch: Any) -> Any:
         places = {name: batch[name] for name in ("positions", "segment_ids")}
         return base.apply(params, batch["tokens"], method=method, **places)
 
-    fn = jlora.adapt(outputs)
-    if init == "eva":
-        return measured.eva(key, base.params, lora, fn, batches)
-    diagonal = init == "qera_diagonal"
-    return measured.qera(key, base.params, lora, fn, batches, base=originals(), diagonal=diagonal)
+    return jlora.adapt(outputs)
 
 
 def save(file: Path, start: Start, origin: Mapping[str, Any]) -> None:
@@ -93,7 +108,11 @@ def save(file: Path, start: Start, origin: Mapping[str, Any]) -> None:
         if isinstance(leaf, jlora.LoraArray)
         for name in ("a", "b")
     }
-    texts = {"config": lora.to_json(), "origin": _digest(origin)}
+    write_arrays(file, arrays, config=lora.to_json(), origin=digest(origin))
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray], **texts: str) -> None:
+    """Writes an npz file of arrays and texts, whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
         np.savez(stream, **texts, **arrays)  # pyright: ignore[reportArgumentType]
@@ -130,7 +149,7 @@ def load(
             f"{file} is damaged ({error}). Remove it: jlora train of the same run measures the "
             "start again."
         ) from None
-    if origin is not None and made_from != _digest(origin):
+    if origin is not None and made_from != digest(origin):
         return None
     base = adapt(dataclasses.replace(lora, init="default"))
 
@@ -150,5 +169,6 @@ def load(
     return dataclasses.replace(base, params=params), lora
 
 
-def _digest(origin: Mapping[str, Any]) -> str:
+def digest(origin: Mapping[str, Any]) -> str:
+    """Of what something was measured on and with."""
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -113,14 +113,15 @@ def moments_of(
     batches: Sequence[Any],
     leaves: Mapping[str, LoraArray],
     *,
-    squares: bool = False,
+    of: Literal["inputs", "squares", "directions"] = "inputs",
 ) -> Callable[..., tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
     """Likewise, to `x.T @ x @ a` of each weight's inputs `x` and, for `b`, `sum(x**2)`.
 
-    With `squares`, for any `a` of one column, to the diagonal of `x.T @ x`.
+    Of `"squares"`, for any `a` of one column, to the diagonal of `x.T @ x`. Of `"directions"`, each
+    `x` in `x.T @ x` has the length 1.
     """
-    kind = _WatchedSquares if squares else _Watched
-    watched = {path: kind(**_fields(leaf)) for path, leaf in leaves.items()}
+    kinds = {"inputs": _Watched, "squares": _WatchedSquares, "directions": _WatchedDirections}
+    watched = {path: kinds[of](**_fields(leaf)) for path, leaf in leaves.items()}
     return gradients_of(params, lambda p, batch: _total(fn(p, batch)), batches, watched)
 
 
@@ -163,7 +164,7 @@ def _total(results: Any) -> jax.Array:
 class _Watching(LowRank):
     """A watched weight on its way through a function, which only rules that watch may use."""
 
-    squares: ClassVar[bool] = False
+    of: ClassVar[str] = "inputs"
 
     def materialise(self) -> jax.Array:
         """Raises ValueError: what meets a dense array is not seen."""
@@ -179,7 +180,15 @@ class _Watching(LowRank):
 class _WatchingSquares(_Watching):
     """A watched weight of which the inputs' squares are wanted, summed."""
 
-    squares: ClassVar[bool] = True
+    of: ClassVar[str] = "squares"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _WatchingDirections(_Watching):
+    """A watched weight whose inputs count with a length of 1."""
+
+    of: ClassVar[str] = "directions"
 
 
 @jax.tree_util.register_dataclass
@@ -205,6 +214,14 @@ class _WatchedSquares(_Watched):
     inside: ClassVar[type[LowRank]] = _WatchingSquares
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _WatchedDirections(_Watched):
+    """A weight whose gradients tell of its inputs, each with a length of 1."""
+
+    inside: ClassVar[type[LowRank]] = _WatchingDirections
+
+
 @rule(_Watching, "dot_general")
 def _watch_product(equation: Equation, left: Any, right: Any) -> Any:
     leaf, x, leaf_dims, x_dims = product_sides(equation, left, right, _Watching)
@@ -215,7 +232,8 @@ def _watch_product(equation: Equation, left: Any, right: Any) -> Any:
     if not summed or inputs - summed or summed & outputs:
         leaf.materialise()
     leaf_axes, x_axes = name_axes(leaf, x, leaf_dims, x_dims)
-    seen, met = _seen_of(leaf, x)
+    of_inputs = {leaf_axes[axis] for axis in inputs}
+    seen, met = _seen_of(leaf, x, [axis for axis, n in enumerate(x_axes) if n in of_inputs])
     tokens = [axis for axis in x_axes if axis[0] == "x"]
     free = [*tokens, *(leaf_axes[axis] for axis in stack), "rank"]
     hidden = contract(met, x_axes, leaf.u, [*leaf_axes, "rank"], free)
@@ -236,7 +254,7 @@ def _watch_experts(equation: Equation, x: Any, leaf: Any, group_sizes: Any, *off
     if found is None or found[1] in _roles(leaf)[1]:
         return leaf.materialise()
     rows = ragged_rows(equation, x)
-    seen, met = _seen_of(leaf, rows)
+    seen, met = _seen_of(leaf, rows, [-1])
     hidden = jax.lax.ragged_dot(met, ragged_factors(leaf, *found)[0], group_sizes)
     ends = jnp.cumsum(group_sizes)
     groups = jnp.searchsorted(ends, jnp.arange(len(rows)), side="right")
@@ -278,14 +296,19 @@ def _roles(leaf: _Watching) -> tuple[set[int], set[int], set[int]]:
     return inputs - outputs, outputs - inputs, inputs & outputs
 
 
-def _seen_of(leaf: _Watching, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An input, and what its product with `u` is to be of: itself or its squares."""
+def _seen_of(leaf: _Watching, x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """An input, whose elements lie along `axes`, and what its product with `u` is to be of."""
     seen = jax.lax.stop_gradient(x).astype(leaf.u.dtype)
-    return seen, jnp.square(seen) if leaf.squares else seen
+    if leaf.of == "squares":
+        return seen, jnp.square(seen)
+    if leaf.of == "directions":
+        length = jnp.sqrt(jnp.square(seen).sum(axes, keepdims=True))
+        return seen, seen / jnp.where(length > 0, length, 1)
+    return seen, seen
 
 
 def _with_report(out: jax.Array, leaf: _Watching, hidden: jax.Array, energy: jax.Array) -> Any:
-    told = jnp.ones_like(hidden) if leaf.squares else hidden
+    told = jnp.ones_like(hidden) if leaf.of == "squares" else hidden
     energy = jnp.broadcast_to(energy, leaf.v.shape).astype(leaf.v.dtype)
     return out + _report(hidden, told, leaf.v, energy).astype(out.dtype)
 

@@ -15,7 +15,8 @@ ORDER = [
     "tree", "leaf", "calls", "interpret", "usage", "lowrank", "products", "joined",
     "lora_config", "targets", "nf4", "packed", "packed_rules", "packed_products", "quant",
     "rows", "lora", "dora", "vera", "merging", "summary", "variants", "factors", "watched",
-    "measured", "alignment", "extraction", "arithmetic", "optim", "sharding", "models.remat",
+    "measured", "gptq", "alignment", "extraction", "arithmetic", "optim", "sharding",
+    "models.remat",
     "models.splash", "models.attention", "models.rotary", "models.decoder_config",
     "models.cache", "models.layers", "models.moe", "models.decoder", "models.slices",
     "models.weights", "models.bnb", "models.hf_families", "models.hf_rope", "models.hf_config",
@@ -24,7 +25,7 @@ ORDER = [
     "peft_read", "peft_vera", "peft", "multihost", "checkpoint", "chat", "tokens", "packing",
     "data", "docstrings", "losses", "train", "objective", "generate", "hardware", "shapes",
     "bench", "base", "dialogue", "config_checks", "config", "report", "process", "devices",
-    "starts", "fresh", "run",
+    "starts", "calibrated", "fresh", "run",
     "saved", "hlo", "topology", "gpus", "plan", "plan_report", "suggest", "arguments", "cli",
 ]
 # fmt: on

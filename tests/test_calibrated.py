@@ -1,0 +1,120 @@
+"""Runs whose NF4 base is rounded to their own rows: resumed, merged, and what goes wrong."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from laws import assert_close
+from tiny import write_config, write_model
+
+import jlora
+from jlora import base, calibrated, cli, config, models, saved
+
+TOKENS = np.asarray(jax.random.randint(jax.random.key(9), (2, 12), 0, 250), np.int32)
+QUANTISED = ["model.quantize=nf4", "model.calibrate=4"]
+
+
+def logits(loaded, params):
+    return jlora.adapt(lambda p: loaded.model.apply({"params": p}, TOKENS))(params)
+
+
+def load(run, **options):
+    loaded, _ = saved.load_run(run, lambda text: None, **options)
+    return loaded, logits(loaded, loaded.params)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_rounded_base(tmp_path, capsys):
+    path = write_config(tmp_path, lora={"dropout": 0.0}, eval={"samples": 0}, train={"steps": 4})
+    train = ["train", str(path), *QUANTISED]
+    assert cli.main(train) == 0
+    assert "Rounding the base to 4 batches, model.calibrate" in capsys.readouterr().out
+    assert cli.main([*train, "name=again"]) == 0
+    whole, again = (tmp_path / "runs" / name for name in ("tiny", "again"))
+    (again / "result.json").unlink()
+    shutil.rmtree(again / "checkpoints" / "4")
+    capsys.readouterr()
+    assert cli.main([*train, "name=again"]) == 0
+    said = capsys.readouterr().out
+    assert "Resuming at step 2" in said
+    assert "Rounding" not in said  # the codes are in the folder
+    first, second = (
+        safetensors.numpy.load_file(run / "adapter" / "adapter_model.safetensors")
+        for run in (whole, again)
+    )
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+    # What training saw is what a merge into the dequantised weights gives.
+    trained, wanted = load(whole)
+    merge = ["merge", str(whole), "--error-layers", "0", "-o"]
+    assert cli.main([*merge, str(tmp_path / "saw"), "--into", "dequantized"]) == 0
+    model, params = models.load(tmp_path / "saw")
+    assert_close(model.apply({"params": params}, TOKENS), wanted, 1e-4)
+    plain = base.load_base(str(tmp_path / "model"), quantize="nf4")
+    kernel = ("layers", "mlp", "down_proj", "kernel")
+    codes, nearest = (
+        jlora.lora.leaves_by_path(tree)["/".join(kernel)] for tree in (trained.params, plain.params)
+    )
+    assert (codes.w.codes != nearest.codes).mean() > 0.05
+
+    # The adapter is one for the original weights, too.
+    assert cli.main([*merge, str(tmp_path / "original")]) == 0
+    model, params = models.load(tmp_path / "original")
+    _, wanted = load(whole, quantized=False)
+    assert_close(model.apply({"params": params}, TOKENS), wanted, 1e-4)
+
+    # Without its codes the base of a run is gone, which is said.
+    (whole / calibrated.FILE).unlink()
+    assert cli.main([*merge, str(tmp_path / "gone"), "--into", "dequantized"]) == 2
+    assert "holds the base of this run, rounded to its rows" in capsys.readouterr().err
+
+
+def test_codes_of_other_rows_or_models_are_not_taken(tmp_path):
+    write_model(tmp_path / "model")
+    packed = base.load_base(str(tmp_path / "model"), quantize="nf4")
+    original = base.load_base(str(tmp_path / "model")).params
+    rows = jax.random.randint(jax.random.key(1), (4, 32), 0, 250)
+    batch = {
+        "tokens": rows,
+        "positions": jnp.broadcast_to(jnp.arange(32), rows.shape),
+        "segment_ids": jnp.ones_like(rows),
+    }
+    found = calibrated.calibrate(packed, [batch], original)
+    wanted = logits(packed, original)
+    before, after = (
+        float(jnp.square(logits(packed, params) - wanted).mean())
+        for params in (packed.params, found.params)
+    )
+    assert after < 0.8 * before
+    file = tmp_path / calibrated.FILE
+    assert calibrated.load(file, packed) is None
+    calibrated.save(file, found, {"data": "one"})
+    assert calibrated.load(file, packed, {"data": "another"}) is None
+    for origin in ({"data": "one"}, None):
+        read = calibrated.load(file, packed, origin)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, read.params, found.params))
+    write_model(tmp_path / "deeper", layers=3)
+    deeper = base.load_base(str(tmp_path / "deeper"), quantize="nf4")
+    with pytest.raises(ValueError, match="holds the codes of another model: see 'layers/"):
+        calibrated.load(file, deeper)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="is damaged"):
+        calibrated.load(file, packed)
+
+
+def test_a_base_that_cannot_be_rounded_is_refused(tmp_path):
+    def refused(**sections):
+        with pytest.raises(ValueError, match=r"model\.calibrate rounds an NF4 base on one device"):
+            config.load(write_config(tmp_path, **sections))
+
+    model = {"path": str(tmp_path / "model"), "calibrate": 2}
+    refused(model=model)
+    refused(model={**model, "quantize": "int8"})
+    path = write_config(tmp_path, model={**model, "quantize": "nf4"})
+    with pytest.raises(ValueError, match=r"model\.calibrate rounds an NF4 base on one device"):
+        config.load(path, ["mesh={data: 1}"])
+    with pytest.raises(ValueError, match=r"model\.calibrate: got 0"):
+        config.load(write_config(tmp_path, model={**model, "quantize": "nf4", "calibrate": 0}))
