@@ -7,6 +7,7 @@ still to come make up for the error so far. The format stays what it was, and so
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from jlora.watched import adapters_of, check_met, moments_of, stacked
 
 __all__ = ["calibrate"]
 
+_ROOM = 2**29  # bytes for columns of moments on the device
+
 
 def calibrate(
     packed: Any,
@@ -35,7 +38,7 @@ def calibrate(
     base: Any,
     exclude: Pattern | Sequence[Pattern] = (),
     damping: float = 0.01,
-    columns: int = 256,
+    columns: int | None = None,
 ) -> Any:
     """Rounds NF4 weights again, so that what they give for the batches' inputs changes least.
 
@@ -55,13 +58,13 @@ def calibrate(
       exclude: patterns of NF4 weights to leave as they are, such as those of which `fn` sees no
         inputs.
       damping: what is added to the diagonal of `H`, relative to its mean.
-      columns: of each weight's `H` that are measured at once; each such part takes a forward and
-        a backward pass over the batches.
+      columns: of each weight's `H` that are measured at once; each such part takes a pass over the
+        batches. By default as many as take 0.5 GiB, all weights together.
 
     Returns:
       The tree with other codes in its NF4 weights, and nothing else changed. Memory: `H` of all
-      weights, float32 `[*stack inputs inputs]`, in the host's, and `columns` columns of it, a few
-      times, on the device; there, too, `H` and some copies of one matrix in float32.
+      weights, float32 `[*stack inputs inputs]`, in the host's; on the device `columns` columns of
+      it, a few times, and then `H` and some copies of one matrix in float32.
 
     Raises:
       ValueError: if no weight is in NF4, there are no batches, `base` does not fit, an argument is
@@ -70,7 +73,7 @@ def calibrate(
     """
     if not damping > 0:
         raise ValueError(f"damping must be above 0, got {damping!r}.")
-    if columns < 1:
+    if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns!r}.")
     leaves = _leaves(packed, base, exclude)
     moments = _moments(base, fn, batches, leaves, columns)
@@ -117,7 +120,7 @@ def _moments(
     fn: Callable[..., Any],
     batches: Sequence[Any],
     leaves: dict[str, NF4Array],
-    columns: int,
+    columns: int | None,
 ) -> dict[str, np.ndarray]:
     """`sum(x.T x / |x|**2)` of each weight's inputs, `Float32[*stack inputs inputs]`."""
     exact = {path: re.compile(f"^{re.escape(path)}$") for path in leaves}
@@ -125,16 +128,21 @@ def _moments(
     params = init(jax.random.key(0), base, LoraConfig(1, targets=tuple(axes), axes=axes))
     watched = adapters_of(params)
     gradients = moments_of(params, fn, batches, watched, of="directions")
+    one = sum(4 * math.prod(stacked(leaf, 0, 1)) for leaf in watched.values())  # bytes a column
+    widest = max(stacked(leaf, 0, 1)[-2] for leaf in watched.values())
+    columns = min(columns or max(1, _ROOM // one), widest)
     shapes = {path: stacked(leaf, 0, columns) for path, leaf in watched.items()}
     parts: dict[str, list[np.ndarray]] = {path: [] for path in watched}
-    for start in range(0, max(shape[-2] for shape in shapes.values()), columns):
-        unit = {p: jnp.eye(*shape[-2:], -start) for p, shape in shapes.items()}
-        unit = {p: jnp.broadcast_to(x, shapes[p]) for p, x in unit.items()}
+    for start in range(0, widest, columns):
+        unit = {
+            path: jnp.broadcast_to(jnp.eye(shape[-2], columns, -start), shape)
+            for path, shape in shapes.items()
+        }
         moments, energy = gradients(unit, None)
         check_met(energy)
-        for path, *_, inputs, _ in ((path, *shape) for path, shape in shapes.items()):
-            if start < inputs:
-                parts[path].append(np.asarray(moments[path][..., : inputs - start]))
+        for path, shape in shapes.items():
+            if (left := shape[-2] - start) > 0:
+                parts[path].append(np.asarray(moments[path][..., :left]))
     return {path: np.concatenate(found, axis=-1) for path, found in parts.items()}
 
 
