@@ -50,6 +50,11 @@ def check(config: Any, path: Path) -> None:
             "and leave out mesh, or leave out model.calibrate."
         )
     init = config.lora.init
+    if config.model.calibrate and init not in ("default", "eva", "qera", "qera_diagonal"):
+        raise ValueError(
+            f"{path}: lora.init={init} packs the base again, which takes the rounding of "
+            "model.calibrate away: choose one of the two."
+        )
     if init.startswith(("loftq", "qera")) and config.model.formats is None:
         raise ValueError(
             f"{path}: lora.init={init} makes up for the error of quantising: set model.quantize, "

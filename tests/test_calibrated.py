@@ -116,5 +116,8 @@ def test_a_base_that_cannot_be_rounded_is_refused(tmp_path):
     path = write_config(tmp_path, model={**model, "quantize": "nf4"})
     with pytest.raises(ValueError, match=r"model\.calibrate rounds an NF4 base on one device"):
         config.load(path, ["mesh={data: 1}"])
+    with pytest.raises(ValueError, match=r"lora\.init=loftq packs the base again"):
+        config.load(path, ["lora.init=loftq", "lora.dropout=0"])
+    assert config.load(path, ["lora.init=qera", "lora.dropout=0"]).model.calibrate == 2
     with pytest.raises(ValueError, match=r"model\.calibrate: got 0"):
         config.load(write_config(tmp_path, model={**model, "quantize": "nf4", "calibrate": 0}))
