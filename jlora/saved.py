@@ -196,7 +196,8 @@ def merge_report(
     if layers < 1 or not (formats or is_packed):
         return None
     trained = {}
-    if run.lora.init != "default" and not is_packed:  # then it cannot be packed from the originals
+    own = run.lora.init != "default" or run.model.calibrate
+    if own and not is_packed:  # then what training saw cannot be packed from the originals
         base = load_run(folder, lambda text: None, other_base=other_base)[0]
         trained = leaves_by_path(base.params)
     rows = []

@@ -49,7 +49,7 @@ def test_a_run_on_a_rounded_base(tmp_path, capsys):
 
     # What training saw is what a merge into the dequantised weights gives.
     trained, wanted = load(whole)
-    merge = ["merge", str(whole), "--error-layers", "0", "-o"]
+    merge = ["merge", str(whole), "-o"]
     assert cli.main([*merge, str(tmp_path / "saw"), "--into", "dequantized"]) == 0
     model, params = models.load(tmp_path / "saw")
     assert_close(model.apply({"params": params}, TOKENS), wanted, 1e-4)
@@ -61,10 +61,20 @@ def test_a_run_on_a_rounded_base(tmp_path, capsys):
     assert (codes.w.codes != nearest.codes).mean() > 0.05
 
     # The adapter is one for the original weights, too.
+    capsys.readouterr()
     assert cli.main([*merge, str(tmp_path / "original")]) == 0
+    lines = capsys.readouterr().out.splitlines()
     model, params = models.load(tmp_path / "original")
     _, wanted = load(whole, quantized=False)
     assert_close(model.apply({"params": params}, TOKENS), wanted, 1e-4)
+
+    original = models.load(tmp_path / "model")[1]
+    for figures in jlora.merge_error(trained.params, base=original).rows:
+        (shown,) = (line.split() for line in lines if line.startswith(figures.path))
+        for number, name in zip(
+            shown[1:], ("update", "rounding", "worst", "erased", "noise", "shift")
+        ):
+            assert float(number) == pytest.approx(getattr(figures, name), rel=0.01), name
 
     # Without its codes the base of a run is gone, which is said.
     (whole / calibrated.FILE).unlink()

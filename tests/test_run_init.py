@@ -54,7 +54,8 @@ def assert_same_adapter(one, other):
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_with_an_init(case, tmp_path, monkeypatch, capsys):
     lora, quantised = CASES[case]
-    path = write_config(tmp_path, lora={"rank": 4, **lora}, eval={"samples": 0}, train={"steps": 4})
+    lora = {"rank": 4, "targets": ["q_proj", "down_proj"], **lora}  # each costs a decomposition
+    path = write_config(tmp_path, lora=lora, eval={"samples": 0}, train={"steps": 4})
     train = ["train", str(path), *(f"model.{k}={v}" for k, v in quantised.items())]
     assert cli.main(train) == 0
     assert cli.main([*train, "name=again"]) == 0
