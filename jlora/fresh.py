@@ -94,7 +94,8 @@ def calibrate_run(
         if rows is None:
             raise FileNotFoundError(
                 f"There is no {file}, which holds the base of this run, rounded to its rows. jlora "
-                "train of the same run makes it again."
+                "train makes it again for a run that is not finished; a finished one can be merged "
+                "into the original weights without it (jlora merge)."
             )
         batches = starts.calibration(rows.batches, run.model.calibrate)
         rows.say(f"Rounding the base to {len(batches)} batches, model.calibrate ...")
