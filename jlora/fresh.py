@@ -95,7 +95,7 @@ def calibrate_run(
             raise FileNotFoundError(
                 f"There is no {file}, which holds the base of this run, rounded to its rows. jlora "
                 "train makes it again for a run that is not finished; a finished one can be merged "
-                "into the original weights without it (jlora merge)."
+                "into the original weights without it (jlora merge --error-layers 0)."
             )
         batches = starts.calibration(rows.batches, run.model.calibrate)
         rows.say(f"Rounding the base to {len(batches)} batches, model.calibrate ...")
