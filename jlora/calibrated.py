@@ -1,7 +1,6 @@
 """NF4 codes that a run rounds to its own rows: found once, and kept in its folder."""
 
 import dataclasses
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def save(file: Path, base: Base, origin: Mapping[str, Any]) -> None:
     """
     leaves = targets.leaves_by_path(base.params)
     codes = {path: np.asarray(x.codes) for path, x in leaves.items() if isinstance(x, NF4Array)}
-    starts.write_arrays(file, codes, origin=starts.digest(origin))
+    starts.write_arrays(file, codes, origin)
 
 
 def load(file: Path, base: Base, origin: Mapping[str, Any] | None = None) -> Base | None:
@@ -64,18 +63,8 @@ def load(file: Path, base: Base, origin: Mapping[str, Any] | None = None) -> Bas
     Raises:
       ValueError: if the file is damaged, or fits another base.
     """
-    if not file.is_file():
-        return None
-    try:
-        with np.load(file, allow_pickle=False) as read:
-            codes = {name: read[name] for name in read.files}
-        made_from = str(codes.pop("origin"))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}). Remove it: jlora train of the same run rounds its base "
-            "again."
-        ) from None
-    if origin is not None and made_from != starts.digest(origin):
+    codes = starts.read_arrays(file, origin, again="rounds its base again")
+    if codes is None:
         return None
 
     def put(path: str, leaf: Any) -> Any:

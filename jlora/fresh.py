@@ -74,10 +74,10 @@ class Rows:
 def calibrate_run(
     run: config.RunConfig, base: Base, folder: Path, rows: Rows | None = None
 ) -> Base:
-    """Rounds a run's NF4 base to its rows, where `model.calibrate` says so: once, then from a file.
+    """Rounds a run's NF4 base to its rows: once, then from a file.
 
     Args:
-      run: the config.
+      run: the config, with `model.calibrate`.
       base: without adapters.
       folder: of the run.
       rows: to measure on, if `folder` holds no codes of such rows yet; None takes what it holds.
@@ -86,8 +86,6 @@ def calibrate_run(
       FileNotFoundError: if the codes are neither there nor given rows.
       ValueError: if the original weights are not there.
     """
-    if run.model.calibrate is None or run.model.quantize is None:
-        return base
     file, origin = folder / calibrated.FILE, _origin(run, rows)
     begun = calibrated.load(file, base, origin)
     if begun is None:
@@ -97,7 +95,7 @@ def calibrate_run(
                 "train makes it again for a run that is not finished; a finished one can be merged "
                 "into the original weights without it (jlora merge --error-layers 0)."
             )
-        batches = starts.calibration(rows.batches, run.model.calibrate)
+        batches = starts.calibration(rows.batches, run.model.calibrate or 0)
         rows.say(f"Rounding the base to {len(batches)} batches, model.calibrate ...")
         found = calibrated.calibrate(base, batches, _dense(run, base, "model.calibrate"))
         calibrated.save(file, found, origin or {})

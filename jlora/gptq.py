@@ -45,9 +45,8 @@ def calibrate(
     With the moments `H` of a weight's inputs, GPTQ (arXiv:2210.17323) takes one input after the
     other: its elements are rounded to the nearest code of their block, and the elements of later
     inputs move by what makes `sum(|x (w - q)|**2)` least. Inputs are those in the function on
-    `base`. Each counts with its direction alone, `H = sum(x.T x / |x|**2)`: in a language model a
-    few tokens, such as a text's first, have a thousand times the energy of all others in some
-    layers, and would decide alone.
+    `base`. Each counts with its direction alone, `H = sum(x.T x / |x|**2)`, so that a few long
+    ones do not decide alone, as they may in a language model's later layers.
 
     Args:
       packed: a tree from `jlora.quantize` with weights in NF4, before `jlora.init`.
@@ -91,7 +90,7 @@ def calibrate(
 
 def _leaves(packed: Any, base: Any, exclude: Pattern | Sequence[Pattern]) -> dict[str, NF4Array]:
     """The weights to round, by path."""
-    patterns = (exclude,) if isinstance(exclude, str | re.Pattern) else tuple(exclude)
+    patterns = LoraConfig(exclude=exclude).exclude  # pyright: ignore[reportArgumentType]
     found, originals = leaves_by_path(packed), leaves_by_path(base)
     if path := next((p for p, leaf in found.items() if isinstance(leaf, LoraArray)), None):
         raise ValueError(

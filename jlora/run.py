@@ -37,14 +37,7 @@ from jlora import (
     starts,
     train,
 )
-from jlora.base import (
-    Base,
-    adapt_base,
-    cache_folder,
-    check_start,
-    load_base,
-    load_vocabulary,
-)
+from jlora.base import Base, adapt_base, cache_folder, check_start, load_base, load_vocabulary
 from jlora.fingerprint import fingerprint, rows_of
 from jlora.fresh import Rows, adapt_run, calibrate_run, lora_config, make_mesh, start_digest
 
@@ -289,10 +282,11 @@ def _prepare(
     metadata: dict[str, Any] = {"lora": json.loads(lora.to_json()), "data_sha256": digest}
     if weights:
         base = load()
-        origin = {**metadata, "base": fingerprint(base.params, rows=rows)}
-        measured_on = Rows(batches, origin, say)
-        base = calibrate_run(run, base, run.folder, measured_on)
         metadata["base"] = fingerprint(base.params, rows=rows)
+        measured_on = Rows(batches, dict(metadata), say)
+        if run.model.calibrate:
+            base = calibrate_run(run, base, run.folder, measured_on)
+            metadata["base"] = fingerprint(base.params, rows=rows)
         base, started = adapt_run(run, base, run.folder, measured_on)
         if started != lora:
             metadata["lora"], lora = json.loads(started.to_json()), started

@@ -70,7 +70,7 @@ def load_run(
         cache=run.model.cache,
         vocabulary=load_vocabulary(run.model.path, run.model.new_tokens),
     )
-    if packs:
+    if packs and run.model.calibrate:
         base = calibrate_run(run, base, folder)
     if finished:
         params, saved_lora = peft.load(folder / "adapter", base.params, other_base=other_base)

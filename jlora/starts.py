@@ -25,10 +25,10 @@ __all__ = [
     "FILE",
     "MEASURED",
     "calibration",
-    "digest",
     "load",
     "measure",
     "outputs_of",
+    "read_arrays",
     "save",
     "write_arrays",
 ]
@@ -108,11 +108,14 @@ def save(file: Path, start: Start, origin: Mapping[str, Any]) -> None:
         if isinstance(leaf, jlora.LoraArray)
         for name in ("a", "b")
     }
-    write_arrays(file, arrays, config=lora.to_json(), origin=digest(origin))
+    write_arrays(file, arrays, origin, config=lora.to_json())
 
 
-def write_arrays(file: Path, arrays: Mapping[str, np.ndarray], **texts: str) -> None:
-    """Writes an npz file of arrays and texts, whole or not at all."""
+def write_arrays(
+    file: Path, arrays: Mapping[str, np.ndarray], origin: Mapping[str, Any], **texts: str
+) -> None:
+    """Writes an npz file of arrays, what they were measured on and texts, whole or not at all."""
+    texts["origin"] = _digest(origin)
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
         np.savez(stream, **texts, **arrays)  # pyright: ignore[reportArgumentType]
@@ -137,20 +140,14 @@ def load(
     Raises:
       ValueError: if the file is damaged, or fits another base.
     """
-    if not file.is_file():
+
+    def parse(values: dict[str, Any]) -> tuple[jlora.LoraConfig, dict[str, Any]]:
+        return jlora.LoraConfig.from_json(str(values.pop("config"))), values
+
+    read = read_arrays(file, origin, parse, again="measures the start again")
+    if read is None:
         return None
-    try:
-        with np.load(file, allow_pickle=False) as read:
-            values = {name: read[name] for name in read.files}
-        lora = jlora.LoraConfig.from_json(str(values.pop("config")))
-        made_from = str(values.pop("origin"))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}). Remove it: jlora train of the same run measures the "
-            "start again."
-        ) from None
-    if origin is not None and made_from != digest(origin):
-        return None
+    lora, values = read
     base = adapt(dataclasses.replace(lora, init="default"))
 
     def put(path: str, leaf: Any) -> Any:
@@ -169,6 +166,37 @@ def load(
     return dataclasses.replace(base, params=params), lora
 
 
-def digest(origin: Mapping[str, Any]) -> str:
-    """Of what something was measured on and with."""
+def read_arrays(
+    file: Path,
+    origin: Mapping[str, Any] | None,
+    parse: Callable[[dict[str, Any]], Any] = lambda values: values,
+    *,
+    again: str,
+) -> Any:
+    """Reads what `write_arrays` wrote; None if there is no such file, or it has another origin.
+
+    Args:
+      file: to read.
+      origin: as it was written; None takes any.
+      parse: makes what is wanted of arrays and texts by name.
+      again: what `jlora train` does if the file is gone, for the message.
+
+    Raises:
+      ValueError: if the file is damaged, or `parse` does not find in it what it needs.
+    """
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as read:
+            values = {name: read[name] for name in read.files}
+        made_from = str(values.pop("origin"))
+        parsed = parse(values)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Remove it: jlora train of the same run {again}."
+        ) from None
+    return None if origin is not None and made_from != _digest(origin) else parsed
+
+
+def _digest(origin: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()

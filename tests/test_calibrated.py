@@ -54,9 +54,9 @@ def test_a_run_on_a_rounded_base(tmp_path, capsys):
     model, params = models.load(tmp_path / "saw")
     assert_close(model.apply({"params": params}, TOKENS), wanted, 1e-4)
     plain = base.load_base(str(tmp_path / "model"), quantize="nf4")
-    kernel = ("layers", "mlp", "down_proj", "kernel")
     codes, nearest = (
-        jlora.lora.leaves_by_path(tree)["/".join(kernel)] for tree in (trained.params, plain.params)
+        jlora.lora.leaves_by_path(tree)["layers/mlp/down_proj/kernel"]
+        for tree in (trained.params, plain.params)
     )
     assert (codes.w.codes != nearest.codes).mean() > 0.05
 

@@ -201,7 +201,7 @@ def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(made, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     captured = capsys.readouterr()
-    assert re.search(r"Could not save the checkpoint of step [24]", captured.err)
+    assert "Could not save the checkpoint of step 2" in captured.err
     assert "Traceback" not in captured.err
     assert cli.main(command) == 0
     assert metrics(run.parent / "full") == metrics(run)
