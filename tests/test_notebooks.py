@@ -178,7 +178,7 @@ assert first.axes == ("out", "in") and w.axes == ("stack", "in", "out")
 assert count(deep_loss, deep_trainable, deep_frozen).endswith(" 0 of them of a weight's size")
 assert eight_losses.shape == (8, 200) and (eight_losses[:, -1] < 0.1 * eight_losses[:, 0]).all()
 assert apart < 1e-3, apart
-# 0.23 of it on one processor, 0.59 on another: rounding moves the trained base under it.
+# 0.20 to 0.49 of it by how the program is compiled: rounding moves the trained base under it.
 assert meta_after < 0.75 * meta_before, (meta_before, meta_after)
 np.testing.assert_allclose(out, dense_out, rtol=1e-5, atol=1e-5)
 """
