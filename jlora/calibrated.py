@@ -1,6 +1,7 @@
 """NF4 codes that a run rounds to its own rows: found once, and kept in its folder."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from jlora import gptq, packing, starts, targets, tree
 from jlora.base import Base
+from jlora.fingerprint import check_base, differences, fingerprint
 from jlora.leaf import is_array_leaf
 from jlora.quant import NF4Array
 
@@ -26,53 +28,74 @@ def calibrate(base: Base, batches: Sequence[packing.Batch], originals: Any) -> B
       batches: to measure on.
       originals: the weights before quantising.
     """
+    tables = [path for path in _packed(base) if not path.startswith("layers/")]
     params = gptq.calibrate(
         base.params,
         starts.outputs_of(base, "hidden"),
         batches,
         base=originals,
-        exclude=("embed_tokens", "lm_head"),  # tables look rows up whole, or meet no layer
+        exclude=tables,  # they look rows up whole, or meet no layer
     )
     return dataclasses.replace(base, params=params)
 
 
-def save(file: Path, base: Base, origin: Mapping[str, Any]) -> None:
+def _packed(base: Base) -> dict[str, NF4Array]:
+    leaves = targets.leaves_by_path(base.params)
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, NF4Array)}
+
+
+def save(file: Path, base: Base, found: Base, origin: Mapping[str, Any]) -> None:
     """Writes the codes of NF4 weights, whole or not at all.
 
     Args:
       file: replaced if it is there.
-      base: from `calibrate`.
+      base: as it was packed, for `load` to compare: scales are those of the base's own.
+      found: from `calibrate` of it.
       origin: what they were rounded to and with, for `load` to compare.
     """
-    leaves = targets.leaves_by_path(base.params)
-    codes = {path: np.asarray(x.codes) for path, x in leaves.items() if isinstance(x, NF4Array)}
-    starts.write_arrays(file, codes, origin)
+    codes = {path: np.asarray(leaf.codes) for path, leaf in _packed(found).items()}
+    starts.write_arrays(file, codes, origin, base=json.dumps(fingerprint(_packed(base))))
 
 
-def load(file: Path, base: Base, origin: Mapping[str, Any] | None = None) -> Base | None:
+def load(
+    file: Path,
+    base: Base,
+    origin: Mapping[str, Any] | None = None,
+    *,
+    other_base: bool = False,
+) -> Base | None:
     """Puts the codes that a run found into its base.
 
     Args:
       file: that `save` wrote.
-      base: without adapters.
+      base: as it was packed, without adapters.
       origin: as given to `save`; None takes whatever is there.
+      other_base: leave a base as it is that the codes were not found for.
 
     Returns:
       The base; None if there is no such file, or it has another origin.
 
     Raises:
-      ValueError: if the file is damaged, or fits another base.
+      ValueError: if the file is damaged, or its codes were found for another base.
     """
-    codes = starts.read_arrays(file, origin, again="rounds its base again")
-    if codes is None:
+
+    def parse(values: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+        return json.loads(str(values.pop("base"))), values
+
+    again = "rounds its base again, if it is not finished"
+    read = starts.read_arrays(file, origin, parse, again=again)
+    if read is None:
         return None
+    recorded, codes = read
+    packed = _packed(base)
+    if other_base and differences(recorded, packed):
+        return base
+    check_base(file, base.name, recorded, packed)
+    if missing := sorted(recorded.keys() ^ codes.keys() | packed.keys() ^ codes.keys()):
+        raise ValueError(f"{file} holds the codes of another model: see {missing[0]!r}.")
 
     def put(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, NF4Array):
-            return leaf
-        if path not in codes or codes[path].shape != leaf.codes.shape:
-            raise ValueError(f"{file} holds the codes of another model: see {path!r}.")
-        return dataclasses.replace(leaf, codes=jnp.asarray(codes[path]))
+        return dataclasses.replace(leaf, codes=jnp.asarray(codes[path])) if path in codes else leaf
 
     params = tree.map_with_path(put, base.params, is_leaf=is_array_leaf)
     return dataclasses.replace(base, params=params)

@@ -457,6 +457,11 @@ def _plan(args: argparse.Namespace) -> int:
     from jlora import config
 
     run = config.load(args.config, args.overrides)
+    if args.suggest and run.model.calibrate:
+        raise ValueError(
+            "--suggest tries meshes, and model.calibrate rounds the base on one device: add "
+            "model.calibrate=null to see what fits without it."
+        )
     from jlora import topology
 
     topology.set_up()

@@ -48,9 +48,15 @@ def make_mesh(run: config.RunConfig, on: Sequence[Any]) -> Mesh | None:
     """The mesh that a run makes of devices; None for the default device.
 
     Raises:
-      ValueError: if its sizes do not fit the devices, or the rows of a batch do not fit it.
+      ValueError: if its sizes do not fit the devices, the rows of a batch do not fit it, or the run
+        does what needs one device.
     """
     mesh = devices.make_mesh(None if run.mesh is None else run.mesh.model_dump(), on)
+    if mesh is not None and run.model.calibrate:
+        raise ValueError(
+            "model.calibrate rounds the base on one device, and several processes make a mesh of "
+            "theirs: run it in one, or leave it out."
+        )
     rows = {"train.batch_size": run.train.batch_size, "eval.batch_size": run.eval.batch_size}
     devices.check_rows(mesh, rows)
     return mesh
@@ -72,7 +78,12 @@ class Rows:
 
 
 def calibrate_run(
-    run: config.RunConfig, base: Base, folder: Path, rows: Rows | None = None
+    run: config.RunConfig,
+    base: Base,
+    folder: Path,
+    rows: Rows | None = None,
+    *,
+    other_base: bool = False,
 ) -> Base:
     """Rounds a run's NF4 base to its rows: once, then from a file.
 
@@ -81,31 +92,65 @@ def calibrate_run(
       base: without adapters.
       folder: of the run.
       rows: to measure on, if `folder` holds no codes of such rows yet; None takes what it holds.
+      other_base: as in `calibrated.load`.
 
     Raises:
       FileNotFoundError: if the codes are neither there nor given rows.
-      ValueError: if the original weights are not there.
+      ValueError: if the original weights are not there, the codes were found for another base, or
+        the run has trained on others than these rows give.
     """
-    file, origin = folder / calibrated.FILE, _origin(run, rows)
-    begun = calibrated.load(file, base, origin)
+    file, origin = folder / calibrated.FILE, _rounded_to(run, rows)
+    begun = calibrated.load(file, base, origin, other_base=other_base)
     if begun is None:
         if rows is None:
             raise FileNotFoundError(
                 f"There is no {file}, which holds the base of this run, rounded to its rows. jlora "
-                "train makes it again for a run that is not finished; a finished one can be merged "
-                "into the original weights without it (jlora merge --error-layers 0)."
+                "train makes it again for a run that is not finished. Without it the adapter of a "
+                f"finished one, {folder / 'adapter'}, goes with the original weights alone: jlora "
+                "merge --error-layers 0 merges it into these."
             )
-        batches = starts.calibration(rows.batches, run.model.calibrate or 0)
-        rows.say(f"Rounding the base to {len(batches)} batches, model.calibrate ...")
+        _keep(file, "model.calibrate")
+        batches = starts.calibration(rows.batches.packed(), run.model.calibrate or 0)
+        rows.say(_rounding(batches, run.model.calibrate or 0))
         found = calibrated.calibrate(base, batches, _dense(run, base, "model.calibrate"))
-        calibrated.save(file, found, origin or {})
+        calibrated.save(file, base, found, origin or {})
         begun = calibrated.load(file, base, origin)
         assert begun is not None
     return begun
 
 
+def _rounding(batches: Sequence[packing.Batch], wanted: int) -> str:
+    tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in batches)
+    few = f" (all there are, of {wanted} asked for)" * (len(batches) < wanted)
+    return (
+        f"Rounding the base to {len(batches)} batches{few} of {tokens:,} tokens together, "
+        "model.calibrate ..."
+    )
+
+
+def _keep(file: Path, setting: str) -> None:
+    """Refuses to measure again what a run has trained on."""
+    if file.exists() and any((file.parent / "checkpoints").glob("[0-9]*")):
+        raise ValueError(
+            f"{file} was measured on other rows or another base model than this run has now, and "
+            f"its checkpoints come from it ({setting}). Undo the change of the data or of the "
+            "model, or choose another name for a run of its own."
+        )
+
+
+def _rounded_to(run: config.RunConfig, rows: Rows | None) -> dict[str, Any] | None:
+    """What codes are found on and with; None without rows."""
+    if rows is None:
+        return None
+    counts = ("calibrate", "dtype", "length", "batch_size", "seed")
+    settings = {
+        key: x for key, x in config.what_counts(run).items() if key.split(".")[-1] in counts
+    }
+    return settings | {name: rows.origin[name] for name in ("base", "data_sha256")}
+
+
 def _origin(run: config.RunConfig, rows: Rows | None) -> dict[str, Any] | None:
-    """What is measured on and with; None without rows."""
+    """What a start is measured on and with; None without rows."""
     if rows is None:
         return None
     sections = ("model", "data", "lora", "seed", "train")

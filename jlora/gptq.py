@@ -22,7 +22,7 @@ from jlora.lora import LoraArray, LoraConfig, init
 from jlora.packed import weight_to_matrices
 from jlora.quant import NF4Array
 from jlora.targets import leaves_by_path
-from jlora.tree import Pattern, map_with_path, matches
+from jlora.tree import Pattern, map_with_path, matches, unmatched
 from jlora.watched import adapters_of, check_met, moments_of, stacked
 
 __all__ = ["calibrate"]
@@ -44,9 +44,11 @@ def calibrate(
 
     With the moments `H` of a weight's inputs, GPTQ (arXiv:2210.17323) takes one input after the
     other: its elements are rounded to the nearest code of their block, and the elements of later
-    inputs move by what makes `sum(|x (w - q)|**2)` least. Inputs are those in the function on
-    `base`. Each counts with its direction alone, `H = sum(x.T x / |x|**2)`, so that a few long
-    ones do not decide alone, as they may in a language model's later layers.
+    inputs move by what makes `sum(|x (w - q)|**2 / |x|**2)` least. Inputs are those in the function
+    on `base`. The paper does not divide by `|x|**2`; here each input counts with its direction
+    alone, `H = sum(x.T x / |x|**2)`, so that a few long ones do not decide, as they may in a
+    language model's later layers. Where a function cuts a weight along its inputs, those of the
+    parts count as unrelated.
 
     Args:
       packed: a tree from `jlora.quantize` with weights in NF4, before `jlora.init`.
@@ -55,7 +57,7 @@ def calibrate(
         rounding fits the batches and nothing else. All tokens count, padding too.
       base: the weights before they were quantised, a tree of the same structure.
       exclude: patterns of NF4 weights to leave as they are, such as those of which `fn` sees no
-        inputs.
+        inputs, and embeddings, whose rows are looked up whole.
       damping: what is added to the diagonal of `H`, relative to its mean.
       columns: of each weight's `H` that are measured at once; each such part takes a pass over the
         batches. By default as many as take 0.5 GiB, all weights together.
@@ -63,22 +65,24 @@ def calibrate(
     Returns:
       The tree with other codes in its NF4 weights, and nothing else changed. Memory: `H` of all
       weights, float32 `[*stack inputs inputs]`, in the host's; on the device `columns` columns of
-      it, a few times, and then `H` and some copies of one matrix in float32.
+      it, a few times, and then a copy of one stacked weight, and of one matrix `H` and some copies
+      in float32.
 
     Raises:
       ValueError: if no weight is in NF4, there are no batches, `base` does not fit, an argument is
-        out of its range, or a weight's inputs cannot be measured: it is used otherwise than in
-        products from its input side and lookups of its rows, meets nothing but zeros, or NaN.
+        out of its range, a pattern of `exclude` names no weight in NF4, or a weight's inputs cannot
+        be measured: it is used otherwise than in products from its input side and lookups of its
+        rows, meets nothing but zeros, or NaN, or `damping` is too small for them in float32.
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be above 0, got {damping!r}.")
+    if not 0 < damping < math.inf:
+        raise ValueError(f"damping must be above 0 and finite, got {damping!r}.")
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns!r}.")
     leaves = _leaves(packed, base, exclude)
     moments = _moments(base, fn, batches, leaves, columns)
     originals = leaves_by_path(base)
     codes = {
-        path: _round_stack(leaf, originals[path], moments[path], damping)
+        path: _round_stack(path, leaf, originals[path], moments[path], damping)
         for path, leaf in leaves.items()
     }
 
@@ -97,11 +101,11 @@ def _leaves(packed: Any, base: Any, exclude: Pattern | Sequence[Pattern]) -> dic
             f"{path!r} has an adapter already. Calibrate what jlora.quantize gives, and put "
             "adapters on top afterwards."
         )
-    leaves = {
-        path: leaf
-        for path, leaf in found.items()
-        if isinstance(leaf, NF4Array) and not any(matches(p, path) for p in patterns)
-    }
+    leaves = {path: leaf for path, leaf in found.items() if isinstance(leaf, NF4Array)}
+    for pattern in patterns:
+        if leaves and not any(matches(pattern, path) for path in leaves):
+            raise unmatched("exclude", pattern, leaves)
+    leaves = {p: leaf for p, leaf in leaves.items() if not any(matches(x, p) for x in patterns)}
     if not leaves:
         raise ValueError("Nothing to round: no weight of this tree, but for `exclude`, is in NF4.")
     for path, leaf in leaves.items():
@@ -126,42 +130,55 @@ def _moments(
     axes = {exact[path]: leaf.axes for path, leaf in leaves.items()}
     params = init(jax.random.key(0), base, LoraConfig(1, targets=tuple(axes), axes=axes))
     watched = adapters_of(params)
-    gradients = moments_of(params, fn, batches, watched, of="directions")
     one = sum(4 * math.prod(stacked(leaf, 0, 1)) for leaf in watched.values())  # bytes a column
-    widest = max(stacked(leaf, 0, 1)[-2] for leaf in watched.values())
+    inputs = {path: stacked(leaf, 0, 1)[-2] for path, leaf in watched.items()}
+    widest = max(inputs.values())
     columns = min(columns or max(1, _ROOM // one), widest)
-    shapes = {path: stacked(leaf, 0, columns) for path, leaf in watched.items()}
-    parts: dict[str, list[np.ndarray]] = {path: [] for path in watched}
+    result = {
+        path: np.empty(stacked(leaf, 0, inputs[path]), np.float32) for path, leaf in watched.items()
+    }
+    left: dict[str, LoraArray] = {}
     for start in range(0, widest, columns):
+        wider = {path: leaf for path, leaf in watched.items() if inputs[path] > start}
+        if wider.keys() != left.keys():
+            left, gradients = wider, moments_of(params, fn, batches, wider, of="directions")
         unit = {
-            path: jnp.broadcast_to(jnp.eye(shape[-2], columns, -start), shape)
-            for path, shape in shapes.items()
+            path: jnp.broadcast_to(
+                jnp.eye(inputs[path], columns, -start), stacked(leaf, 0, columns)
+            )
+            for path, leaf in left.items()
         }
         moments, energy = gradients(unit, None)
         check_met(energy)
-        for path, shape in shapes.items():
-            if (left := shape[-2] - start) > 0:
-                parts[path].append(np.asarray(moments[path][..., :left]))
-    return {path: np.concatenate(found, axis=-1) for path, found in parts.items()}
+        for path, found in moments.items():
+            part = result[path][..., start : start + columns]
+            part[...] = found[..., : part.shape[-1]]
+    return result
 
 
 def _round_stack(
-    leaf: NF4Array, original: jax.Array, moments: np.ndarray, damping: float
+    path: str, leaf: NF4Array, original: jax.Array, moments: np.ndarray, damping: float
 ) -> jax.Array:
     """The codes of a weight, rounded one matrix of the stack after the other."""
     matrices = weight_to_matrices(jnp.asarray(original), leaf.axes)
-    count = matrices.ndim - 2
     scales = leaf.block_scales()
-    layers = [x.reshape(-1, *x.shape[count:]) for x in (matrices, scales, moments)]
-    codes = [_round(*layer, damping, leaf.dtype_name) for layer in zip(*layers, strict=True)]
-    return jnp.stack(codes).reshape(leaf.codes.shape)
+    codes = np.empty(leaf.codes.shape, np.uint8)
+    for at in np.ndindex(matrices.shape[:-2]):
+        found, is_finite = _round(matrices[at], scales[at], moments[at], damping, leaf.dtype_name)
+        if not is_finite:
+            raise ValueError(
+                f"The moments of the inputs of {path!r} have no Cholesky factor in float32 with "
+                f"damping={damping}: raise it, for instance to 0.01, or measure on more tokens."
+            )
+        codes[at] = found
+    return jnp.asarray(codes)
 
 
 @functools.partial(jax.jit, static_argnames="dtype_name")
 def _round(
     w: jax.Array, scales: jax.Array, moments: jax.Array, damping: float, dtype_name: str
-) -> jax.Array:
-    """The codes of one matrix, `UInt8[rows columns/2]`.
+) -> tuple[jax.Array, jax.Array]:
+    """The codes of one matrix, `UInt8[rows columns/2]`, and whether its moments could be used.
 
     Args:
       w: `[rows inputs]`.
@@ -172,9 +189,11 @@ def _round(
     """
     inputs, size = w.shape[1], scales.shape[1] * nf4.BLOCK
     padding = size - inputs
-    factor = jnp.pad(_factor(moments, damping), ((0, padding), (0, padding)))
+    own_factor = _factor(moments, damping)
+    factor = jnp.pad(own_factor, ((0, padding), (0, padding)))
     factor += jnp.diag(jnp.pad(jnp.zeros(inputs), (0, padding), constant_values=1))
     w = jnp.pad(w.astype(jnp.float32).T, ((0, padding), (0, 0)))  # [columns rows]
+    kept = jnp.finfo(dtype_name)
 
     def block(index: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
         w, codes = state
@@ -187,7 +206,9 @@ def _round(
         def column(i: jax.Array, state: Any) -> Any:
             own, errors, codes = state
             found = nf4.nearest(own[i] / jnp.where(scale > 0, scale, 1))
-            value = (jnp.asarray(nf4.CODE)[found] * scale).astype(dtype_name).astype(jnp.float32)
+            # As it is restored: a cast there and back a compiler may leave out.
+            value = jnp.asarray(nf4.CODE)[found] * scale
+            value = jax.lax.reduce_precision(value, kept.nexp, kept.nmant)
             error = (own[i] - value) / square[i, i]
             own -= square[i][:, None] * error  # nothing of earlier columns: `square` is upper
             return own, errors.at[i].set(error), codes.at[i].set(found)
@@ -200,7 +221,7 @@ def _round(
 
     codes = jnp.zeros(w.shape, jnp.uint8)
     _, codes = jax.lax.fori_loop(0, size // nf4.BLOCK, block, (w, codes))
-    return nf4.pair(codes.T)
+    return nf4.pair(codes.T), jnp.isfinite(own_factor).all()
 
 
 def _factor(moments: jax.Array, damping: float) -> jax.Array:

@@ -196,6 +196,18 @@ class Batches:
         rows = [self._rows(epoch)[row] for epoch, row in places]
         return collate(rows, self.batch_size, self.length)
 
+    def packed(self) -> "Batches":
+        """The same examples in rows that they share, with hardly any padding."""
+        if self._pack:
+            return self
+        return Batches(
+            self._examples,
+            batch_size=self.batch_size,
+            length=self.length,
+            seed=self._seed,
+            shuffle=self._shuffle,
+        )
+
     def count(self, epochs: float) -> int:
         """How many batches show the examples `epochs` times, e.g. 0.5 or 3; at least 1."""
         if not epochs > 0:

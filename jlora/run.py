@@ -201,6 +201,8 @@ def inspect(run: config.RunConfig, say: Say) -> None:
         count = run.lora.init_batches
         ranks = " and may move ranks from one weight to another" * (run.lora.init == "eva")
         say(f"lora.init={run.lora.init} is measured on {count} batches before step 0{ranks}.")
+    if count := run.model.calibrate:
+        say(f"model.calibrate reads the original weights, and rounds the base to {count} batches.")
     example = data.preview(job.examples[0], job.base.tokenizer)
     say(f"The first example, with what counts in the loss in \u27e6...\u27e7:\n{example}")
     tokens = run.train.batch_size * run.train.accumulation * run.data.length
@@ -283,11 +285,10 @@ def _prepare(
     if weights:
         base = load()
         metadata["base"] = fingerprint(base.params, rows=rows)
-        measured_on = Rows(batches, dict(metadata), say)
         if run.model.calibrate:
-            base = calibrate_run(run, base, run.folder, measured_on)
+            base = calibrate_run(run, base, run.folder, Rows(batches, dict(metadata), say))
             metadata["base"] = fingerprint(base.params, rows=rows)
-        base, started = adapt_run(run, base, run.folder, measured_on)
+        base, started = adapt_run(run, base, run.folder, Rows(batches, dict(metadata), say))
         if started != lora:
             metadata["lora"], lora = json.loads(started.to_json()), started
             say(str(jlora.summary(base.params, lora)))

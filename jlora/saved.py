@@ -71,7 +71,7 @@ def load_run(
         vocabulary=load_vocabulary(run.model.path, run.model.new_tokens),
     )
     if packs and run.model.calibrate:
-        base = calibrate_run(run, base, folder)
+        base = calibrate_run(run, base, folder, other_base=other_base)
     if finished:
         params, saved_lora = peft.load(folder / "adapter", base.params, other_base=other_base)
         if not changed or plain or not _has_packed(base.params):
@@ -151,7 +151,9 @@ def load_to_merge(
       ValueError: if there are no such weights.
     """
     base, lora = load_run(folder, say, quantized=into == "dequantized", other_base=other_base)
-    fmt = weights.describe(config.load(Path(folder) / "config.yaml").model.formats)
+    model = config.load(Path(folder) / "config.yaml").model
+    fmt = weights.describe(model.formats)
+    how = f"{fmt}, calibrated" if model.calibrate else fmt
     is_packed = _has_packed(base.params)
     if into == "original" and is_packed:
         raise ValueError(
@@ -166,7 +168,7 @@ def load_to_merge(
         return base, lora, ""
     remark = (
         f" The adapter was merged into the original weights of {base.name}; it was trained on them "
-        f"quantised ({fmt}). --into dequantized merges it into those."
+        f"quantised ({how}). --into dequantized merges it into those."
     )
     return base, lora, remark
 
@@ -207,7 +209,9 @@ def merge_report(
         leaf, base = _some_layers(leaf, layers), None
         fmt = None if is_packed else weights.format_at(path, formats)
         if path in trained:
-            base, leaf = {path: leaf}, _some_layers(trained[path], layers)
+            # Over the originals a start's adapter is another than over the base it left.
+            own_base = leaf if run.lora.init != "default" else leaf.w
+            base, leaf = {path: own_base}, _some_layers(trained[path], layers)
         elif fmt is not None:
             base = {path: leaf.w}  # and beside it what training saw
             axes = weights.axes_at(path, leaf.ndim)

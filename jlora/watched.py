@@ -35,6 +35,11 @@ __all__ = [
 
 LossFn = Callable[[Any, Any], jax.Array]
 
+_LEAVE_OUT = (
+    "Leave it out: with exclude= of jlora.gptq.calibrate, or, for a start, of the targets "
+    "(lora.exclude in a run)."
+)
+
 
 def adapters_of(params: Any) -> dict[str, LoraArray]:
     """The plain adapters of a tree, by path.
@@ -144,8 +149,7 @@ def check_met(energy: Mapping[str, jax.Array]) -> None:
         if _is_known(x) and not bool(x.any()):
             raise ValueError(
                 f"{path!r} met no inputs but zeros: no floating-point result of the function "
-                "depends on what it was multiplied with. Leave it out of the targets "
-                "(lora.exclude in a run), or start without data."
+                f"depends on what it was multiplied with. {_LEAVE_OUT}"
             )
 
 
@@ -170,8 +174,7 @@ class _Watching(LowRank):
         """Raises ValueError: what meets a dense array is not seen."""
         raise ValueError(
             f"The inputs that {self.name()!r} meets cannot all be measured: the function uses it "
-            "otherwise than in products from its input side and lookups of its rows. Leave it out "
-            "of the targets (lora.exclude in a run), or start without data."
+            f"otherwise than in products from its input side and lookups of its rows. {_LEAVE_OUT}"
         )
 
 

@@ -33,7 +33,7 @@ def product(params, x):
     return jnp.tanh(x @ params["w"])
 
 
-def one_by_one(w, scales, moments, damping):
+def one_by_one(w, scales, moments, damping, dtype):
     """The values that GPTQ gives `w` `[in out]`: the inverse loses one input after the other."""
     w, inverse = np.array(w, np.float64), np.array(moments, np.float64)
     inverse = np.linalg.inv(inverse + damping * np.diag(inverse).mean() * np.eye(len(w)))
@@ -41,7 +41,7 @@ def one_by_one(w, scales, moments, damping):
     for i in range(len(w)):
         scale = scales[i // nf4.BLOCK]
         nearest = np.abs(w[i][:, None] / scale[:, None] - nf4.CODE).argmin(-1)
-        out[i] = nf4.CODE[nearest] * scale
+        out[i] = (nf4.CODE[nearest] * scale).astype(dtype)
         w -= np.outer(inverse[:, i], (w[i] - out[i]) / inverse[i, i])
         inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
         inverse[i] = inverse[:, i] = 0
@@ -49,16 +49,23 @@ def one_by_one(w, scales, moments, damping):
     return out
 
 
-@pytest.mark.parametrize("d", [64, 100, 192])
-@pytest.mark.parametrize("damping", [0.01, 0.3])
-def test_the_codes_are_the_papers(d, damping):
-    w, x = weight(d, 24), inputs_of(500, d)
-    packed = jlora.quantize({"w": w}, "nf4")
+@pytest.mark.parametrize(
+    ("d", "damping", "dtype", "double"),
+    [
+        (64, 0.01, "float32", True),
+        (100, 0.3, "float32", True),
+        (192, 0.01, "float32", False),
+        (100, 0.01, "bfloat16", True),
+    ],
+)
+def test_the_codes_are_the_papers(d, damping, dtype, double):
+    w, x = weight(d, 24).astype(dtype), inputs_of(500, d)
+    packed = jlora.quantize({"w": w}, "nf4", double_quantize=double)
     batches = [x[:200], x[200:400], x[400:]]
     fn = jlora.adapt(product)
     got = gptq.calibrate(packed, fn, batches, base={"w": w}, damping=damping)["w"]
     scales = np.asarray(packed["w"].block_scales()).T
-    wanted = one_by_one(w, scales, directions(x).T @ directions(x), damping)
+    wanted = one_by_one(w, scales, directions(x).T @ directions(x), damping, dtype)
     # Rounding of float32 moves an element over the middle between two codes now and then, and with
     # it those that follow in its row of outputs.
     same = np.isclose(got.materialise(), wanted, rtol=1e-5, atol=1e-6)
@@ -175,16 +182,19 @@ def test_mistakes_are_told():
         with pytest.raises(ValueError, match=match):
             gptq.calibrate(packed, fn, batches, base=base, **options)
 
-    refused("damping must be above 0, got 0", damping=0)
+    refused("damping must be above 0 and finite, got 0", damping=0)
+    refused("damping must be above 0 and finite, got inf", damping=float("inf"))
+    refused("'w' have no Cholesky factor in float32", batches=(x[:16],), damping=1e-9)
     refused("columns must be at least 1, got 0", columns=0)
     refused("no batches", batches=())
     refused("no weight of this tree.*is in NF4", packed=jlora.quantize(base, "int8"))
     refused("no weight of this tree.*is in NF4", exclude=("w",))
+    refused("No leaf matches exclude 'v'. Paths near it: 'w'", exclude=("w", "v"))
     refused("base has no plain weight of shape .* at 'w'", base={"w": weight(64, 8)})
     refused("base has no plain weight of shape .* at 'w'", base=packed)
     adapted = jlora.init(KEYS[0], packed, jlora.LoraConfig(rank=2, targets="w"))
     refused("'w' has an adapter already", packed=adapted)
-    refused("'w' met no inputs but zeros", batches=(0 * x,))
+    refused("'w' met no inputs but zeros.*with exclude=", batches=(0 * x,))
     refused("inputs of 'w' hold NaN", batches=(x.at[3, 4].set(jnp.nan),))
     with pytest.warns(UserWarning, match="no low-rank rule for 'sin'"):
         refused("cannot all be measured", fn=jlora.adapt(lambda p, x: jnp.sin(p["w"]).sum() * x))

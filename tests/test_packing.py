@@ -117,6 +117,16 @@ def test_any_batch_is_the_same_whatever_was_read_before(shuffle, pack):
         assert_same(uninterrupted.batch(i), batches[i])
 
 
+def test_examples_with_rows_of_their_own_can_share_rows():
+    arguments = {"batch_size": 2, "length": 32, "seed": 3}
+    alone, shared = (
+        packing.Batches(examples_of([9] * 20), pack=pack, **arguments) for pack in (False, True)
+    )
+    assert shared.packed() is shared
+    for index in range(5):
+        assert_same(alone.packed().batch(index), shared.batch(index))
+
+
 def test_epochs_and_seeds_differ_only_with_shuffle():
     examples = examples_of([5] * 40)
 
