@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,13 @@ def save(file: Path, base: Base, found: Base, origin: Mapping[str, Any]) -> None
       origin: what they were rounded to and with, for `load` to compare.
     """
     codes = {path: np.asarray(leaf.codes) for path, leaf in _packed(found).items()}
-    starts.write_arrays(file, codes, origin, base=json.dumps(fingerprint(_packed(base))))
+    packed = _packed(base)
+    text = json.dumps({"dtypes": _dtypes(packed), "weights": fingerprint(packed)})
+    starts.write_arrays(file, codes, origin, base=text)
+
+
+def _dtypes(packed: Mapping[str, NF4Array]) -> list[str]:
+    return sorted({leaf.dtype_name for leaf in packed.values()})
 
 
 def load(
@@ -68,9 +75,10 @@ def load(
 
     Args:
       file: that `save` wrote.
-      base: as it was packed, without adapters.
+      base: as it was packed, without adapters. In another dtype than the codes were found in it has
+        other ones, so that shapes alone are compared.
       origin: as given to `save`; None takes whatever is there.
-      other_base: leave a base as it is that the codes were not found for.
+      other_base: leave a base as it is that the codes were not found for, with a warning.
 
     Returns:
       The base; None if there is no such file, or it has another origin.
@@ -79,20 +87,27 @@ def load(
       ValueError: if the file is damaged, or its codes were found for another base.
     """
 
-    def parse(values: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    def parse(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return json.loads(str(values.pop("base"))), values
 
     again = "rounds its base again, if it is not finished"
     read = starts.read_arrays(file, origin, parse, again=again)
     if read is None:
         return None
-    recorded, codes = read
+    made_for, codes = read
     packed = _packed(base)
+    recorded = made_for["weights"] if made_for["dtypes"] == _dtypes(packed) else {}
     if other_base and differences(recorded, packed):
+        warnings.warn(
+            f"The codes of {file} are those of another base: this one keeps its nearest codes, on "
+            "which nothing was trained.",
+            stacklevel=3,
+        )
         return base
     check_base(file, base.name, recorded, packed)
-    if missing := sorted(recorded.keys() ^ codes.keys() | packed.keys() ^ codes.keys()):
-        raise ValueError(f"{file} holds the codes of another model: see {missing[0]!r}.")
+    for path in sorted(codes.keys() | packed.keys()):
+        if path not in packed or np.shape(codes.get(path)) != packed[path].codes.shape:
+            raise ValueError(f"{file} holds the codes of another model: see {path!r}.")
 
     def put(path: str, leaf: Any) -> Any:
         return dataclasses.replace(leaf, codes=jnp.asarray(codes[path])) if path in codes else leaf

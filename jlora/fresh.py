@@ -142,11 +142,11 @@ def _rounded_to(run: config.RunConfig, rows: Rows | None) -> dict[str, Any] | No
     """What codes are found on and with; None without rows."""
     if rows is None:
         return None
-    counts = ("calibrate", "dtype", "length", "batch_size", "seed")
-    settings = {
-        key: x for key, x in config.what_counts(run).items() if key.split(".")[-1] in counts
+    keys = ("model.calibrate", "model.dtype", "data.length", "train.batch_size", "seed")
+    counts = config.what_counts(run)
+    return {key: counts[key] for key in keys} | {
+        name: rows.origin[name] for name in ("base", "data_sha256")
     }
-    return settings | {name: rows.origin[name] for name in ("base", "data_sha256")}
 
 
 def _origin(run: config.RunConfig, rows: Rows | None) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ def calibrate(
         raise ValueError(f"damping must be above 0 and finite, got {damping!r}.")
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns!r}.")
-    leaves = _leaves(packed, base, exclude)
+    leaves, batches = _leaves(packed, base, exclude), list(batches)
     moments = _moments(base, fn, batches, leaves, columns)
     originals = leaves_by_path(base)
     codes = {
@@ -193,7 +193,6 @@ def _round(
     factor = jnp.pad(own_factor, ((0, padding), (0, padding)))
     factor += jnp.diag(jnp.pad(jnp.zeros(inputs), (0, padding), constant_values=1))
     w = jnp.pad(w.astype(jnp.float32).T, ((0, padding), (0, 0)))  # [columns rows]
-    kept = jnp.finfo(dtype_name)
 
     def block(index: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
         w, codes = state
@@ -206,9 +205,9 @@ def _round(
         def column(i: jax.Array, state: Any) -> Any:
             own, errors, codes = state
             found = nf4.nearest(own[i] / jnp.where(scale > 0, scale, 1))
-            # As it is restored: a cast there and back a compiler may leave out.
-            value = jnp.asarray(nf4.CODE)[found] * scale
-            value = jax.lax.reduce_precision(value, kept.nexp, kept.nmant)
+            # As it is restored: without the barrier a compiler may leave both casts out.
+            value = (jnp.asarray(nf4.CODE)[found] * scale).astype(dtype_name)
+            value = jax.lax.optimization_barrier(value).astype(jnp.float32)
             error = (own[i] - value) / square[i, i]
             own -= square[i][:, None] * error  # nothing of earlier columns: `square` is upper
             return own, errors.at[i].set(error), codes.at[i].set(found)

@@ -91,7 +91,9 @@ def test_a_run_on_a_rounded_base(tmp_path, capsys):
     safetensors.numpy.save_file(turned, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"calibrated\.npz was made for another base model"):
         load(whole)
-    on_other = leaves(load(whole, other_base=True)[0].params)["layers/mlp/down_proj/kernel"]
+    with pytest.warns(UserWarning, match="keeps its nearest codes"):
+        other, _ = load(whole, other_base=True)
+    on_other = leaves(other.params)["layers/mlp/down_proj/kernel"]
     nearest = leaves(base.load_base(str(tmp_path / "model"), quantize="nf4").params)
     np.testing.assert_array_equal(on_other.w.codes, nearest["layers/mlp/down_proj/kernel"].codes)
     safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
@@ -160,6 +162,17 @@ def test_codes_of_other_rows_or_models_are_not_taken(tmp_path):
     deeper = base.load_base(str(tmp_path / "deeper"), quantize="nf4")
     with pytest.raises(ValueError, match=r"calibrated\.npz was made for another base model"):
         calibrated.load(file, deeper)
+    half, other = (
+        base.load_base(str(tmp_path / name), dtype="bfloat16", quantize="nf4")
+        for name in ("model", "deeper")
+    )
+    with pytest.raises(ValueError, match="holds the codes of another model: see 'layers/"):
+        calibrated.load(file, other)
+    # In another dtype a weight of 32 bits has some other codes; those found are taken there too.
+    path = "layers/mlp/down_proj/kernel"
+    codes = leaves(calibrated.load(file, half).params)[path].codes
+    np.testing.assert_array_equal(codes, leaves(found.params)[path].codes)
+    assert not np.array_equal(leaves(half.params)[path].codes, leaves(packed.params)[path].codes)
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="is damaged"):
         calibrated.load(file, packed)
