@@ -87,16 +87,17 @@ def load(
       ValueError: if the file is damaged, or its codes were found for another base.
     """
 
-    def parse(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        return json.loads(str(values.pop("base"))), values
+    def parse(values: dict[str, Any]) -> tuple[list[str], dict[str, str], dict[str, Any]]:
+        base = json.loads(str(values.pop("base")))
+        return base["dtypes"], base["weights"], values
 
     again = "rounds its base again, if it is not finished"
     read = starts.read_arrays(file, origin, parse, again=again)
     if read is None:
         return None
-    made_for, codes = read
+    dtypes, weights, codes = read
     packed = _packed(base)
-    recorded = made_for["weights"] if made_for["dtypes"] == _dtypes(packed) else {}
+    recorded = weights if dtypes == _dtypes(packed) else {}
     if other_base and differences(recorded, packed):
         warnings.warn(
             f"The codes of {file} are those of another base: this one keeps its nearest codes, on "
