@@ -109,7 +109,7 @@ def calibrate_run(
                 f"finished one, {folder / 'adapter'}, goes with the original weights alone: jlora "
                 "merge --error-layers 0 merges it into these."
             )
-        _keep(file, "model.calibrate")
+        _keep(file)
         batches = starts.calibration(rows.batches.packed(), run.model.calibrate or 0)
         rows.say(_rounding(batches, run.model.calibrate or 0))
         found = calibrated.calibrate(base, batches, _dense(run, base, "model.calibrate"))
@@ -128,12 +128,12 @@ def _rounding(batches: Sequence[packing.Batch], wanted: int) -> str:
     )
 
 
-def _keep(file: Path, setting: str) -> None:
-    """Refuses to measure again what a run has trained on."""
+def _keep(file: Path) -> None:
+    """Refuses to find codes again over those that a run has trained on."""
     if file.exists() and any((file.parent / "checkpoints").glob("[0-9]*")):
         raise ValueError(
             f"{file} was measured on other rows or another base model than this run has now, and "
-            f"its checkpoints come from it ({setting}). Undo the change of the data or of the "
+            "its checkpoints come from it (model.calibrate). Undo the change of the data or of the "
             "model, or choose another name for a run of its own."
         )
 

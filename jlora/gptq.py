@@ -189,8 +189,7 @@ def _round(
     """
     inputs, size = w.shape[1], scales.shape[1] * nf4.BLOCK
     padding = size - inputs
-    own_factor = _factor(moments, damping)
-    factor = jnp.pad(own_factor, ((0, padding), (0, padding)))
+    factor = jnp.pad(_factor(moments, damping), ((0, padding), (0, padding)))
     factor += jnp.diag(jnp.pad(jnp.zeros(inputs), (0, padding), constant_values=1))
     w = jnp.pad(w.astype(jnp.float32).T, ((0, padding), (0, 0)))  # [columns rows]
 
@@ -220,7 +219,7 @@ def _round(
 
     codes = jnp.zeros(w.shape, jnp.uint8)
     _, codes = jax.lax.fori_loop(0, size // nf4.BLOCK, block, (w, codes))
-    return nf4.pair(codes.T), jnp.isfinite(own_factor).all()
+    return nf4.pair(codes.T), jnp.isfinite(factor).all()
 
 
 def _factor(moments: jax.Array, damping: float) -> jax.Array:

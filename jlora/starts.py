@@ -169,7 +169,7 @@ def load(
 def read_arrays(
     file: Path,
     origin: Mapping[str, Any] | None,
-    parse: Callable[[dict[str, Any]], Any] = lambda values: values,
+    parse: Callable[[dict[str, Any]], Any],
     *,
     again: str,
 ) -> Any:

@@ -52,8 +52,7 @@ def one_by_one(w, scales, moments, damping, dtype):
 @pytest.mark.parametrize(
     ("d", "damping", "dtype", "double"),
     [
-        (64, 0.01, "float32", True),
-        (100, 0.3, "float32", True),
+        *((d, damping, "float32", True) for d in (64, 100, 192) for damping in (0.01, 0.3)),
         (192, 0.01, "float32", False),
         (100, 0.01, "bfloat16", True),
     ],
